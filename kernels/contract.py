@@ -1,0 +1,179 @@
+"""What a kernel promises and needs, as data.
+
+One record selects a kernel, words its refusal, generates its test matrix and prints the kernel
+table. Numerical fields have no defaults: an author must answer them. A claim is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fxpass.dtypes import short
+from fxpass.spec import Inverse, NormSpec, Rounding
+
+Outputs = tuple[torch.Tensor, ...]
+Launch = Callable[
+    [
+        NormSpec,
+        torch.Tensor,
+        "torch.Tensor | None",
+        "torch.Tensor | None",
+        "torch.Tensor | None",
+        float,
+    ],
+    Outputs,
+]
+"""(spec, x, residual, weight, bias, eps) -> the tensors named in spec.outputs.
+
+x, residual: (..., hidden), equal shapes. weight, bias: hidden elements, or `rows` x hidden for
+weights that repeat every `rows` rows. out, sum: contiguous, x's shape. row: (..., 1).
+"""
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Inclusive range of the normalised length."""
+
+    least: int = 1
+    most: int | None = None
+
+    def refusal(self, hidden: int | None) -> str | None:
+        """Why `hidden` (None: known only at run time) is out of range, or None."""
+        if hidden is None:
+            return None if self.most is None else "hidden is known only at run time"
+        if hidden < self.least:
+            return f"hidden {hidden} < {self.least}"
+        if self.most is not None and hidden > self.most:
+            return f"hidden {hidden} > {self.most}"
+        return None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The memory layout a kernel reads. Outputs are always contiguous."""
+
+    rows: Literal["any", "strided_2d", "contiguous"]
+    """any: every leading stride; strided_2d: one row stride; contiguous: no gaps."""
+    rank: int | None = None
+    """Exact number of dimensions, or None for any."""
+
+    def __str__(self) -> str:
+        return self.rows if self.rank is None else f"{self.rows}, {self.rank}-D"
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Everything selection, tests and the kernel table know about a kernel."""
+
+    platforms: tuple[str, ...]
+    """`cpu`, `cuda` (NVIDIA) or `rocm` (AMD; torch calls both GPUs cuda), or `any`."""
+    x: tuple[torch.dtype, ...]
+    weight: tuple[str, ...]
+    """Of `same` (as the normalised value), `other` (any float dtype), `none`."""
+    hidden: Hidden
+    layout: Layout
+    rounding: tuple[Rounding, ...]
+    inverse: tuple[Inverse, ...]
+    programs: Literal["any", "rms"]
+    """any: whatever the spec says; rms: row must be mean, add_eps, inverse, each in float32."""
+    accumulate: torch.dtype
+    residual: bool
+    residual_rounded: bool
+    """True if the norm reads the sum as rounded to the sum's dtype (eager's meaning)."""
+    weight_offset: bool
+    weight_rows: bool
+    """Weights of several rows that repeat (per-head weights)."""
+    bias: bool
+    outputs: tuple[str, ...]
+    mutates: tuple[str, ...]
+    deterministic: bool
+    batch_invariant: bool
+    reduction: str
+    """The order in which squares are added, in one sentence."""
+
+    def refusal(self, spec: NormSpec, platform: str, hidden: int | None) -> str | None:
+        """The first clause that `spec` breaks, in words, or None if the kernel fits."""
+        return (
+            self._platform_refusal(platform)
+            or self._dtype_refusal(spec)
+            or self.hidden.refusal(hidden)
+            or self._program_refusal(spec)
+            or self._feature_refusal(spec)
+        )
+
+    def _platform_refusal(self, platform: str) -> str | None:
+        if "any" in self.platforms or platform in self.platforms:
+            return None
+        return f"platform {platform}, needs {' or '.join(self.platforms)}"
+
+    def _dtype_refusal(self, spec: NormSpec) -> str | None:
+        for role, dtype in (("x", spec.x), ("residual", spec.residual), ("sum", spec.sum)):
+            if dtype is not None and dtype not in self.x:
+                return f"{role} is {short(dtype)}, needs {_names(self.x)}"
+        kind = _weight_kind(spec)
+        if kind not in self.weight:
+            return f"weight is {kind}, needs {' or '.join(self.weight)}"
+        return None
+
+    def _program_refusal(self, spec: NormSpec) -> str | None:
+        if spec.rounding not in self.rounding:
+            needs = " or ".join(r.value for r in self.rounding)
+            return f"rounding {spec.rounding.value}, needs {needs}"
+        if spec.inverse not in self.inverse:
+            needs = " or ".join(i.value for i in self.inverse)
+            return f"inverse {spec.inverse.value}, needs {needs}"
+        if self.programs == "rms" and not _is_plain_rms(spec):
+            return f"row program {','.join(map(str, spec.row))}, needs mean,add_eps,rsqrt in f32"
+        return None
+
+    def _feature_refusal(self, spec: NormSpec) -> str | None:
+        if spec.residual is not None and not self.residual:
+            return "no residual add"
+        if spec.residual is not None and not self.residual_rounded:
+            return "reads the residual sum unrounded"
+        if spec.weight_offset and not self.weight_offset:
+            return f"no weight offset ({spec.weight_offset})"
+        if spec.bias is not None and not self.bias:
+            return "no bias"
+        missing = [name for name in spec.outputs if name not in self.outputs]
+        return f"cannot return {', '.join(missing)}" if missing else None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A contract and the function that keeps it."""
+
+    name: str
+    """`provider.kernel`, for example `cpu.row`."""
+    contract: Contract
+    launch: Launch
+    prepare: Callable[[NormSpec, int | None], str | None] = lambda spec, hidden: None
+    """Builds what a launch needs. Returns None, or why it cannot (the kernel is then refused)."""
+    version: str = "1"
+    """Changes whenever results may change; part of the compile-cache key."""
+
+    @property
+    def provider(self) -> str:
+        """The part of the name before the dot."""
+        return self.name.partition(".")[0]
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(map(short, dtypes))
+
+
+def _weight_kind(spec: NormSpec) -> str:
+    if spec.weight is None:
+        return "none"
+    return "same" if spec.weight == spec.normed else "other"
+
+
+def _is_plain_rms(spec: NormSpec) -> bool:
+    return [str(step) for step in spec.row] in (
+        ["mean:f32", "add_eps:f32", "rsqrt:f32"],
+        ["mean:f32", "rsqrt:f32"],
+    )
