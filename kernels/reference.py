@@ -37,6 +37,7 @@ CONTRACT = Contract(
     reduction="eager torch.sum and torch.mean over the last dim",
 )
 
+
 def launch(
     spec: NormSpec,
     x: torch.Tensor,
