@@ -110,17 +110,17 @@ class NormSpec:
 
     @property
     def normed(self) -> torch.dtype:
-        """dtype of the value that is normalised: the residual sum if there is one, else x."""
+        """Dtype of the value that is normalised: the residual sum if there is one, else x."""
         return self.sum if self.sum is not None else self.x
 
     @property
     def out(self) -> torch.dtype:
-        """dtype of the result."""
+        """Dtype of the result."""
         return self.element[-1].dtype
 
     @property
     def row_dtype(self) -> torch.dtype:
-        """dtype of the row value (rstd)."""
+        """Dtype of the row value (rstd)."""
         return self.row[-1].dtype
 
     @property

@@ -153,6 +153,9 @@ class Kernel:
     launch: Launch
     prepare: Callable[[NormSpec, int | None], str | None] = lambda spec, hidden: None
     """Builds what a launch needs. Returns None, or why it cannot (the kernel is then refused)."""
+    bound: Callable[[NormSpec], Callable[..., object]] | None = None
+    """Optional: a faster callable (x, residual, weight, bias, eps) for one spec, which returns a
+    tensor for one output and else a tuple."""
     version: str = "1"
     """Changes whenever results may change; part of the compile-cache key."""
 
@@ -160,6 +163,25 @@ class Kernel:
     def provider(self) -> str:
         """The part of the name before the dot."""
         return self.name.partition(".")[0]
+
+
+    def entry(self, spec: NormSpec) -> Callable[..., object]:
+        """(x, residual, weight, bias, eps) -> a tensor, or a tuple if the spec has more outputs."""
+        if self.bound is not None:
+            return self.bound(spec)
+        single = len(spec.outputs) == 1
+
+        def call(
+            x: torch.Tensor,
+            residual: torch.Tensor | None,
+            weight: torch.Tensor | None,
+            bias: torch.Tensor | None,
+            eps: float,
+        ) -> object:
+            outputs = self.launch(spec, x, residual, weight, bias, eps)
+            return outputs[0] if single else outputs
+
+        return call
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

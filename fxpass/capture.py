@@ -1,0 +1,52 @@
+"""`explain`: the graphs a model compiles to, planned but neither compiled nor changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxpass import pipeline, torch_private
+from fxpass.options import Options
+from fxpass.report import Report
+from fxpass.select import check_providers
+
+
+def explain(
+    model: Callable[..., Any] | fx.GraphModule,
+    *args: Any,
+    options: Options | None = None,
+    **kwargs: Any,
+) -> Report:
+    """What `rmsnorm_backend` would do to a model or function, called with these arguments.
+
+    Runs Dynamo and AOTAutograd, then plans on the graphs that Inductor would get; generates no
+    code. Works on fake tensors too. Graph breaks are followed by running the pieces eagerly.
+    """
+    chosen = Options.make(options)
+    check_providers(chosen)
+    report = Report()
+    if isinstance(model, fx.GraphModule) and not args and not kwargs:
+        report.add(pipeline.dry_run(model.graph, chosen))
+        return report
+
+    def plan(graph: fx.Graph) -> None:
+        report.add(pipeline.dry_run(graph, chosen))
+
+    torch_private.visit_post_grad_graphs(model, args, kwargs, plan)
+    return report
+
+
+def graphs(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> list[fx.GraphModule]:
+    """The ATen graphs the pass would see, copied."""
+    found: list[fx.GraphModule] = []
+
+    def keep(graph: fx.Graph) -> None:
+        found.append(fx.GraphModule(torch.nn.Module(), graph))
+
+    torch_private.visit_post_grad_graphs(model, args, kwargs, keep)
+    return found

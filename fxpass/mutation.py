@@ -1,0 +1,103 @@
+"""In-place writes: which nodes write, to whose memory, and whether a norm spans such a write."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxpass.errors import Declined
+from fxpass.sites import Site
+from fxpass.spellings import VIEWS
+
+_INPLACE_FUNCTIONS = frozenset(
+    (
+        operator.iadd, operator.imul, operator.isub, operator.itruediv, operator.ipow,
+        operator.setitem,
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Writing nodes in graph order, each with the root of the memory it writes."""
+
+    writes: tuple[tuple[fx.Node, frozenset[fx.Node]], ...]
+    roots: dict[fx.Node, frozenset[fx.Node]]
+
+
+def effects(graph: fx.Graph) -> Effects:
+    """The in-place writes of a graph. ATen graphs after functionalisation have next to none."""
+    roots: dict[fx.Node, frozenset[fx.Node]] = {}
+    writes = []
+    for node in graph.nodes:
+        aliased = _aliased(node)
+        roots[node] = frozenset({node}).union(*(roots[source] for source in aliased))
+        written = _written(node)
+        if written:
+            writes.append((node, frozenset().union(*(roots[target] for target in written))))
+    return Effects(tuple(writes), roots)
+
+
+def _aliased(node: fx.Node) -> list[fx.Node]:
+    """Inputs whose memory the node's result may share."""
+    if node.op == "call_method":
+        shares = node.target in VIEWS or str(node.target).endswith("_")
+    else:
+        shares = node.target in VIEWS or node.target in _INPLACE_FUNCTIONS or _schema_alias(node)
+    return list(node.all_input_nodes) if shares else []
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """Inputs the node writes to."""
+    first = [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
+    if node.op == "call_method" and isinstance(node.target, str):
+        name = node.target
+        inplace = name.endswith("_") and not name.endswith("__")
+        return first if inplace or name in ("__iadd__", "__imul__", "__setitem__") else []
+    if node.op != "call_function":
+        return []
+    if node.target in _INPLACE_FUNCTIONS:
+        return first
+    out = node.kwargs.get("out")
+    written = [out] if isinstance(out, fx.Node) else []
+    return written + _schema_written(node) + _named_inplace(node, first)
+
+
+def _named_inplace(node: fx.Node, first: list[fx.Node]) -> list[fx.Node]:
+    """Torch functions named like `torch.relu_`; and `inplace=True`."""
+    name = getattr(node.target, "__name__", "")
+    plain = name.endswith("_") and not name.endswith("__") and not hasattr(node.target, "_schema")
+    return first if plain or node.kwargs.get("inplace") is True else []
+
+
+def _schema_written(node: fx.Node) -> list[fx.Node]:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    written = []
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            values = value if isinstance(value, (list, tuple)) else [value]
+            written += [item for item in values if isinstance(item, fx.Node)]
+    return written
+
+
+def _schema_alias(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
+def check(site: Site, found: Effects, order: dict[fx.Node, int]) -> None:
+    """Raises Declined if memory the norm reads is written while the norm is being computed."""
+    if not found.writes:
+        return
+    inside = set(site.interior)
+    start = min(min(order[n] for n in inside), *(order[n] for n in site.out_nodes))
+    end = max(order[node] for node in site.out_nodes)
+    read = frozenset().union(*(found.roots[node] for node in (*site.inputs, *site.interior)))
+    for writer, memory in found.writes:
+        if writer in inside or (start < order[writer] < end and memory & read):
+            raise Declined(f"%{writer.name} writes in place to a tensor the norm reads", writer.name)

@@ -1,0 +1,70 @@
+"""The steps in order, and nothing else: the table of contents of fxpass."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+import warnings
+
+from torch import fx
+
+from fxpass import matching, report, rewrite, verify
+from fxpass.errors import FxpassError
+from fxpass.options import Options
+from fxpass.plan import Decisions, decide
+from fxpass.report import Report
+
+log = logging.getLogger("fxpass")
+
+
+def dry_run(graph: fx.Graph, options: Options) -> Report:
+    """What would be done to a graph."""
+    return _guarded(graph, options, change=False)
+
+
+def run(graph: fx.Graph, options: Options) -> Report:
+    """Rewrite a graph in place. On a bug in the pass the graph stays as it was."""
+    return _guarded(graph, options, change=True)
+
+
+def _guarded(graph: fx.Graph, options: Options, change: bool) -> Report:
+    try:
+        found = _steps(graph, options, change)
+    except FxpassError:
+        raise  # wrong options: the user must hear of it
+    except Exception as error:
+        if options.strict:
+            raise
+        found = Report(graphs=1, errors=[f"{type(error).__name__}: {error}"])
+        warnings.warn(
+            "fxpass: a bug in the pass; this graph runs as it was. Please report:\n"
+            + traceback.format_exc(),
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    _tell(found)
+    return found
+
+
+def _steps(graph: fx.Graph, options: Options, change: bool) -> Report:
+    found = matching.find(graph)
+    decisions: Decisions = decide(found, options)
+    if options.verify:
+        from fxpass import sampling
+
+        decisions = sampling.refuse_what_differs(decisions)
+    made = report.of_decisions(decisions)
+    if change and decisions.plans:
+        rewrite.apply(graph, decisions.plans)
+        verify.legal(graph)
+    return made
+
+
+def _tell(found: Report) -> None:
+    log.info("%s", found.summary())
+    if log.isEnabledFor(logging.DEBUG):
+        for miss in found.declined:
+            log.debug("%s", miss)
+        for site in found.rewritten:
+            for refusal in site.refusals:
+                log.debug("%s: %s", site.node, refusal)

@@ -1,0 +1,64 @@
+"""What will be done to a graph, decided in full before anything is changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxpass.layout import LayoutError, LayoutNode, LayoutPlan
+from fxpass.layout import plan as plan_layout
+from fxpass.options import Options
+from fxpass.select import Choice, choose
+from fxpass.sites import Decline, Found, Site
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One site with its kernel and layout nodes."""
+
+    site: Site
+    choice: Choice
+    layout: LayoutPlan
+
+    @property
+    def layout_nodes(self) -> tuple[LayoutNode, ...]:
+        """Layout nodes in graph order."""
+        return self.layout.nodes
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The plans for a graph, and the sites without one."""
+
+    plans: tuple[Plan, ...]
+    declined: tuple[Decline, ...]
+
+
+def decide(found: Found, options: Options) -> Decisions:
+    """Pick a kernel and a layout for every site."""
+    plans: list[Plan] = []
+    declined = list(found.declined)
+    for site in found.sites:
+        if options.fuel is not None and len(plans) >= options.fuel:
+            declined.append(_decline(site, f"out of fuel ({options.fuel})"))
+            continue
+        made = _plan(site, options)
+        if isinstance(made, Plan):
+            plans.append(made)
+        else:
+            declined.append(_decline(site, made))
+    return Decisions(tuple(plans), tuple(declined))
+
+
+def _plan(site: Site, options: Options) -> Plan | str:
+    choice = choose(site, options)
+    if choice.kernel is None:
+        return "no kernel fits: " + "; ".join(choice.refusals)
+    try:
+        layout = plan_layout(site, choice.kernel.contract.layout)
+    except LayoutError as error:
+        return f"layout for {choice.kernel.name}: {error}"
+    return Plan(site, choice, layout)
+
+
+def _decline(site: Site, reason: str) -> Decline:
+    return Decline(site.anchor.name, reason, site.location, site.source, site.module)

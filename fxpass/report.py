@@ -1,0 +1,155 @@
+"""What happened and why not: one object, shown as a table or as JSON.
+
+JSON schema, version 1: {"version", "graphs", "rewritten": [...], "declined": [...]}; the records'
+keys are the field names of `RewrittenSite` and `Decline`. A field is never renamed or removed
+within a version; new ones may be added.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from fxpass import facts
+from fxpass.plan import Decisions, Plan
+from fxpass.sites import Decline
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RewrittenSite:
+    """One norm that was (or, in a dry run, would be) rewritten."""
+
+    location: str
+    """file:line of the user's code."""
+    source: str
+    """The text of that line."""
+    module: str
+    """Path of the nn.Module, empty if the graph does not say."""
+    node: str
+    variant: str
+    spec: str
+    rounding: str
+    inverse: str
+    eps: float | None
+    """None when eps is a tensor of the graph."""
+    hidden: int | None
+    """None when the normalised length is symbolic."""
+    kernel: str
+    refusals: tuple[str, ...]
+    layout_nodes: tuple[str, ...]
+    bytes_copied: int | None
+    """By layout nodes, per call; None when it depends on a symbolic size."""
+    nodes_before: int
+    nodes_after: int
+    numerics: str
+
+
+@dataclass
+class Report:
+    """What the pass did to one or more graphs."""
+
+    rewritten: list[RewrittenSite] = field(default_factory=list)
+    declined: list[Decline] = field(default_factory=list)
+    graphs: int = 0
+    errors: list[str] = field(default_factory=list)
+    """Bugs inside the pass: each left its graph as it was."""
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """How many sites each kernel took."""
+        counts: dict[str, int] = {}
+        for site in self.rewritten:
+            counts[site.kernel] = counts.get(site.kernel, 0) + 1
+        return counts
+
+    def add(self, other: Report) -> None:
+        """Take in another report."""
+        self.rewritten += other.rewritten
+        self.declined += other.declined
+        self.errors += other.errors
+        self.graphs += other.graphs
+
+    def summary(self) -> str:
+        """One line."""
+        took = ", ".join(f"{name} x{count}" for name, count in self.kernels.items())
+        total = len(self.rewritten) + len(self.declined)
+        line = f"rewrote {len(self.rewritten)} of {total} norms in {self.graphs} graph(s)"
+        line += f" ({took})" if took else ""
+        return line + (f"; {len(self.errors)} error(s) in the pass" if self.errors else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as in the schema above."""
+        return {
+            "version": SCHEMA_VERSION,
+            "graphs": self.graphs,
+            "rewritten": [dataclasses.asdict(site) for site in self.rewritten],
+            "declined": [dataclasses.asdict(miss) for miss in self.declined],
+            "errors": list(self.errors),
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        from tabulate import tabulate
+
+        rows = [
+            (s.module or s.node, _short(s.location), s.variant, s.kernel, _layout(s), s.numerics)
+            for s in self.rewritten
+        ]
+        head = ("norm", "source", "variant", "kernel", "layout", "numerics")
+        parts = [self.summary()]
+        if rows:
+            parts.append(tabulate(rows, headers=head))
+        if self.declined:
+            misses = [(m.node, _short(m.location), m.reason) for m in self.declined]
+            parts.append(tabulate(misses, headers=("declined", "source", "reason")))
+        return "\n\n".join(parts + self.errors)
+
+
+def of_decisions(decisions: Decisions) -> Report:
+    """The report of one graph."""
+    return Report(
+        [_rewritten(plan) for plan in decisions.plans], list(decisions.declined), graphs=1
+    )
+
+
+def _rewritten(plan: Plan) -> RewrittenSite:
+    site, choice = plan.site, plan.choice
+    assert choice.kernel is not None
+    copied = [node.bytes for node in plan.layout_nodes]
+    outputs = len(choice.spec.outputs)
+    return RewrittenSite(
+        location=site.location,
+        source=site.source,
+        module=site.module,
+        node=site.anchor.name,
+        variant=site.variant,
+        spec=str(choice.spec),
+        rounding=choice.spec.rounding.value,
+        inverse=choice.spec.inverse.value,
+        eps=None if site.eps_node is not None else site.eps,
+        hidden=facts.static(site.hidden),
+        kernel=choice.kernel.name,
+        refusals=choice.refusals,
+        layout_nodes=tuple(map(str, plan.layout_nodes)),
+        bytes_copied=facts.static(sum(copied)),
+        nodes_before=len(site.interior),
+        nodes_after=1 + (outputs if outputs > 1 else 0) + len(plan.layout_nodes),
+        numerics=choice.label,
+    )
+
+
+def _short(location: str) -> str:
+    path, _, line = location.rpartition(":")
+    return f"{os.path.basename(path)}:{line}" if path else location
+
+
+def _layout(site: RewrittenSite) -> str:
+    return ", ".join(site.layout_nodes) or "-"
