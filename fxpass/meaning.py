@@ -245,7 +245,7 @@ def read_weight(binds: Binds, core: Core) -> Factor | None:
     w = binds.get("w")
     if w is None:
         return None
-    check_over_row(w, core, "weight")
+    check_over_row(w, core, "weight", most=core.dims + (1 if _is_parameter(w) else 0))
     whole = exact(binds["weight"])
     if "offset" not in binds or whole is exact(w):
         return Factor(w)
@@ -258,12 +258,23 @@ def read_bias(binds: Binds, core: Core) -> Factor | None:
     """The bias operand."""
     if "b" not in binds:
         return None
-    check_over_row(binds["b"], core, "bias")
+    check_over_row(binds["b"], core, "bias", most=core.dims)
     return Factor(binds["b"])
 
 
-def check_over_row(term: Term, core: Core, role: str) -> None:
-    """A weight must cover the normalised dimensions, or repeat every few rows (per-head)."""
+def _is_parameter(term: Term) -> bool:
+    """True for an input or attribute of the graph, seen through casts and views."""
+    while term.op in ("cast", "view", "expand"):
+        term = term.args[0]
+    return term.node is not None and term.node.op in ("placeholder", "get_attr")
+
+
+def check_over_row(term: Term, core: Core, role: str, most: int) -> None:
+    """A weight must cover the normalised dimensions, and at most `most` dimensions in all.
+
+    One more dimension is a weight per head, which repeats every few rows. An operand that covers
+    more than that (a gate, rotary angles, a second stream) is no weight.
+    """
     shape = core.x.shape or ()
     found = term.shape
     if number(term) is not None or found is None or not term.nodes or term.dtype is None:
@@ -273,7 +284,7 @@ def check_over_row(term: Term, core: Core, role: str) -> None:
     trimmed = tuple(found)
     while len(trimmed) > core.dims and facts.same(trimmed[0], 1):
         trimmed = trimmed[1:]
-    fits = core.dims <= len(trimmed) <= len(shape) and (
+    fits = core.dims <= len(trimmed) <= min(most, len(shape)) and (
         facts.same_shape(trimmed, tuple(shape[len(shape) - len(trimmed) :]))
     )
     if not fits:

@@ -17,8 +17,17 @@ struct f16 {
 typedef float f32;
 struct none {};
 
-static inline u32 bits_of(float v) { return __builtin_bit_cast(u32, v); }
-static inline float float_of(u32 v) { return __builtin_bit_cast(float, v); }
+static inline u32 bits_of(float v) {
+  u32 bits;
+  __builtin_memcpy(&bits, &v, sizeof(bits));
+  return bits;
+}
+
+static inline float float_of(u32 bits) {
+  float v;
+  __builtin_memcpy(&v, &bits, sizeof(v));
+  return v;
+}
 
 // ---- Loads: exact ---------------------------------------------------------------------------
 

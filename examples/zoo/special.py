@@ -12,7 +12,7 @@ WIDE_HEADS: Changes = {"num_attention_heads": 1, "num_key_value_heads": 1, "head
 GLOBAL_HEADS: Changes = {"global_head_dim": 32}
 
 SPECIAL: dict[str, Changes] = {
-    "mamba2": {"num_heads": 8, "head_dim": 32},
+    "mamba2": {"num_heads": 8},
     "longcat_flash": {"head_dim": 32, "qk_head_dim": 64},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
                      "layer_types": ["sliding_attention", "full_attention"] * 2},

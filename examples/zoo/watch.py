@@ -18,7 +18,7 @@ from torch.nn.modules import module as module_hooks
 
 from zoo.counting import NormCall, NormCounter
 
-NORM_CLASS = re.compile(r"rms_?norm|l2_?norm|scalenorm", re.IGNORECASE)
+NORM_CLASS = re.compile(r"rms_?norm|l2_?norm|t5layer_?norm", re.IGNORECASE)
 """Modules whose class says that they are an RMS or L2 norm."""
 
 
