@@ -20,10 +20,10 @@ MODULES = """
     patterns.finish patterns.l2_norm patterns.rms_norm patterns
     meaning residual uses sites mutation diagnose matching
     kernels.contract kernels.reference
-    kernels.cpu_source kernels.cpu_build kernels.cpu
+    kernels.cpu_source kernels.cpu_build kernels.cpu_call kernels.cpu
     kernels.registry kernels
-    select layout ops
-    rewrite verify report
+    select layout plan ops
+    verify rewrite sampling report
     pipeline capture backend
     fxpass
 """.split()
