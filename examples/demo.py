@@ -91,8 +91,7 @@ def _quiet() -> None:
     """Fresh compiles (so that every report is complete), no library chatter."""
     torch._inductor.config.force_disable_caches = True
     warnings.simplefilter("ignore")
-    for name in ("transformers", "diffusers", "torch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
 
 
 def _show(name: str, demo: Demo) -> Row:
@@ -124,7 +123,7 @@ def _whole_model(row: Row, built: Built) -> None:
     report = fxpass.last_report()
     row.rewritten = len(report.rewritten)
     row.kernels = Counter(site.kernel for site in report.rewritten)
-    row.declined = [f"{node.location}: {node.reason}" for node in report.declined]
+    row.declined = [f"{node.location}: {node.reason}" for node in report.declined] + report.errors
 
 
 def _one_norm(row: Row, built: Built, site: Site) -> None:

@@ -48,7 +48,12 @@ CORE: dict[str, Demo] = {
     "Llama": _hf("llama", DECODER),
     "Qwen3": _hf("qwen3", DECODER, Site("layers.1.self_attn.q_norm")),
     "Gemma 3": _hf("gemma3_text", DECODER, Site("layers.1.post_attention_layernorm")),
-    "Flux": _dif("FluxTransformer2DModel", Site("transformer_blocks.1.attn.norm_q")),
+    "Flux": _dif(
+        "FluxTransformer2DModel",
+        Site("transformer_blocks.0.attn.norm_q"),
+        num_layers=1,
+        num_single_layers=1,
+    ),
 }
 """What `make demo` runs."""
 
