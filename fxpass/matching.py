@@ -137,7 +137,7 @@ class _Search:
         """All ways this normalised value may end, longest first."""
         found = []
         for anchor in self._above(core_term):
-            if not anchor.nodes:
+            if not anchor.nodes or exact(anchor) is not anchor:
                 continue
             for formula in FINISHES:
                 matches = formula.pattern(u=core_term).match(anchor, binds)

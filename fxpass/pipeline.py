@@ -11,7 +11,7 @@ from torch import fx
 from fxpass import matching, report, rewrite, verify
 from fxpass.errors import FxpassError
 from fxpass.options import Options
-from fxpass.plan import Decisions, decide
+from fxpass.plan import Decisions, decide, without
 from fxpass.report import Report
 
 log = logging.getLogger("fxpass")
@@ -53,11 +53,28 @@ def _steps(graph: fx.Graph, options: Options, change: bool) -> Report:
         from fxpass import sampling
 
         decisions = sampling.refuse_what_differs(decisions)
-    made = report.of_decisions(decisions)
+    errors: list[str] = []
     if change and decisions.plans:
-        rewrite.apply(graph, decisions.plans)
+        applied = rewrite.apply(graph, decisions.plans)
         verify.legal(graph)
+        decisions, errors = _without_dropped(decisions, applied, options)
+    made = report.of_decisions(decisions)
+    made.errors += errors
     return made
+
+
+def _without_dropped(
+    decisions: Decisions, applied: rewrite.Applied, options: Options
+) -> tuple[Decisions, list[str]]:
+    """Plans the rewrite dropped because they would have changed a tensor: a bug, said once."""
+    if not applied.dropped:
+        return decisions, []
+    if options.strict:
+        raise applied.dropped[0][1]
+    reasons = {plan: f"a bug in the pass: {error}" for plan, error in applied.dropped}
+    for reason in reasons.values():
+        warnings.warn(f"fxpass: {reason}; this norm runs as it was", RuntimeWarning, stacklevel=2)
+    return without(decisions, reasons), list(reasons.values())
 
 
 def _tell(found: Report) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fxpass.layout import LayoutError, LayoutNode, LayoutPlan
@@ -39,13 +40,13 @@ def decide(found: Found, options: Options) -> Decisions:
     declined = list(found.declined)
     for site in found.sites:
         if options.fuel is not None and len(plans) >= options.fuel:
-            declined.append(_decline(site, f"out of fuel ({options.fuel})"))
+            declined.append(decline(site, f"out of fuel ({options.fuel})"))
             continue
         made = _plan(site, options)
         if isinstance(made, Plan):
             plans.append(made)
         else:
-            declined.append(_decline(site, made))
+            declined.append(decline(site, made))
     return Decisions(tuple(plans), tuple(declined))
 
 
@@ -60,5 +61,13 @@ def _plan(site: Site, options: Options) -> Plan | str:
     return Plan(site, choice, layout)
 
 
-def _decline(site: Site, reason: str) -> Decline:
+def without(decisions: Decisions, dropped: Mapping[Plan, str]) -> Decisions:
+    """Move some plans to the declined ones, each with its reason."""
+    kept = tuple(plan for plan in decisions.plans if plan not in dropped)
+    more = tuple(decline(plan.site, reason) for plan, reason in dropped.items())
+    return Decisions(kept, (*decisions.declined, *more))
+
+
+def decline(site: Site, reason: str) -> Decline:
+    """A site that is not rewritten."""
     return Decline(site.anchor.name, reason, site.location, site.source, site.module)

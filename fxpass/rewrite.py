@@ -6,6 +6,7 @@ them exist and compute what eager computes (shape, dtype, strides) are the old n
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,26 +23,32 @@ from fxpass.uses import is_passive
 aten = torch.ops.aten
 
 
-@dataclass
+@dataclass(frozen=True)
 class Applied:
-    """What was added and removed."""
+    """What was added and removed, and which plans would have changed a tensor and were dropped."""
 
-    added: int = 0
-    removed: int = 0
-    copied: dict[tuple[Any, ...], fx.Node] | None = None
+    added: int
+    removed: int
+    dropped: tuple[tuple[Plan, verify.VerifyError], ...]
 
 
 def apply(graph: fx.Graph, plans: Iterable[Plan]) -> Applied:
     """Rewrite the planned sites. If anything fails the graph is left as it was."""
     editor = _Editor(graph)
+    dropped = []
     try:
         for plan in plans:
-            editor.add(plan)
+            count = len(editor.new)
+            try:
+                editor.add(plan)
+            except verify.VerifyError as error:
+                editor.undo(count)
+                dropped.append((plan, error))
     except Exception:
-        editor.undo()
+        editor.undo(0)
         raise
     removed = editor.commit()
-    return Applied(len(editor.new), removed, editor.shared)
+    return Applied(len(editor.new), removed, tuple(dropped))
 
 
 class _Editor:
@@ -54,8 +61,6 @@ class _Editor:
         """Layout nodes by (source, kind, arguments): sites with the same source share them."""
         self._replacements: dict[fx.Node, fx.Node] = {}
         self._interior: list[fx.Node] = []
-        body = (node for node in graph.nodes if node.op not in ("placeholder",))
-        self._first = next(body)
 
     def add(self, plan: Plan) -> None:
         """Add the nodes of one plan and note what they replace."""
@@ -69,13 +74,15 @@ class _Editor:
         for role, chain in plan.layout.before.items():
             tensors[role] = self._chain(tensors[role], chain, site.anchor)
         results = self._kernel(plan, tensors)
+        replaced: dict[fx.Node, fx.Node] = {}
         for role, chain in plan.layout.after.items():
             result = self._chain(results[role], chain, site.anchor)
             assert result is not None
             old = {"out": site.out_nodes, "sum": site.sum_nodes, "row": site.row_nodes}[role]
             for node in old:
                 verify.same_tensor(node, result)
-                self._replacements[node] = result
+                replaced[node] = result
+        self._replacements |= replaced
         self._interior += site.interior
 
     def _resolved(self, node: fx.Node | None) -> fx.Node | None:
@@ -93,8 +100,6 @@ class _Editor:
         node = self._call(ops.op_for(choice.spec.outputs), args, site.anchor)
         if len(choice.spec.outputs) == 1:
             return {"out": node}
-        import operator
-
         return {
             name: self._call(operator.getitem, (node, index), site.anchor)
             for index, name in enumerate(choice.spec.outputs)
@@ -193,10 +198,13 @@ class _Editor:
         """The node to insert before so that placeholders stay in front."""
         return next(node for node in self.graph.nodes if node.op != "placeholder")
 
-    def undo(self) -> None:
-        """Take back every node that was added."""
-        for node in reversed(self.new):
+    def undo(self, count: int) -> None:
+        """Take back every added node but the first `count`."""
+        gone = set(self.new[count:])
+        for node in reversed(self.new[count:]):
             self.graph.erase_node(node)
+        del self.new[count:]
+        self.shared = {key: node for key, node in self.shared.items() if node not in gone}
 
     def commit(self) -> int:
         """Put the new values in place and erase what has no reader left."""

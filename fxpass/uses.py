@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import fx
 
 from fxpass.errors import Declined
@@ -48,7 +50,7 @@ class Uses:
         self._total = None if residual is None else residual.total
         self._row = _row_value(core.row)
         self._kept: set[fx.Node] = set()
-        ordered = sorted(inside, key=_depth_first(anchor))
+        ordered = sorted(inside, key=_depth_first(anchor, inside))
         for term in ordered:
             if term is not anchor:
                 self._serve(term)
@@ -87,15 +89,15 @@ def _cheap(term: Term) -> bool:
     )
 
 
-def _depth_first(anchor: Term) -> object:
+def _depth_first(anchor: Term, inside: set[Term]) -> Callable[[Term], int]:
     """A sort key: terms nearer to the anchor first, so that readers are judged before the read."""
     rank: dict[Term, int] = {}
 
     def visit(term: Term, depth: int) -> None:
-        if rank.get(term, -1) < depth < 64:
+        if term in inside and rank.get(term, -1) < depth:
             rank[term] = depth
             for arg in term.args:
                 visit(arg, depth + 1)
 
     visit(anchor, 0)
-    return lambda term: rank.get(term, 64)
+    return lambda term: rank.get(term, len(inside))

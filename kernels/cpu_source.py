@@ -194,7 +194,7 @@ def _widened(dtype: torch.dtype, target: torch.dtype) -> torch.dtype:
 
 def _statement(expression: str, roundings: list[torch.dtype], step: Step) -> str:
     assign = "" if expression == "v" else f"v = {expression};"
-    return f"{assign}{_rounds(roundings)}  // {step}"
+    return f"{assign}{_rounds(roundings)}  // {step}".lstrip()
 
 
 def _rounds(dtypes: list[torch.dtype]) -> str:
