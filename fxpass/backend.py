@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpass import ops, pipeline, torch_private
+from fxpass import ops, pipeline, remembered, torch_private
 from fxpass.errors import OptionsError
 from fxpass.kernels import kernels
 from fxpass.options import Options, names, unknown_name
@@ -174,11 +174,22 @@ def rmsnorm_backend(
     patches[_HOOK] = _with_existing(rms_pass)
     if ours.numerics == "eager":
         patches["emulate_precision_casts"] = True
-    if ours.expect is not None:
-        patches["force_disable_caches"] = True  # a cached graph would not pass through the pass
+    key = remembered.key_of(graph_module, example_inputs, rms_pass.uuid() + repr(sorted(inductors)))
     compiled = torch_private.compile_fx(graph_module, example_inputs, patches)
-    _check_expected(ours, rms_pass.report)
+    _check_expected(ours, _kept_or_recalled(key, rms_pass.report))
     return compiled
+
+
+def _kept_or_recalled(key: str, report: Report) -> Report:
+    """The report of this compile; of the first one, if Inductor's cache had the code."""
+    if report.graphs:
+        remembered.keep(key, report)
+        return report
+    recalled = remembered.recall(key)
+    if recalled is None:
+        return report
+    _ledger.add(recalled)
+    return recalled
 
 
 def _split_options(

@@ -96,6 +96,19 @@ class Report:
         """The report as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """Inverse of `to_dict`. Raises KeyError or TypeError if the data is not a report."""
+        if data["version"] != SCHEMA_VERSION:
+            raise KeyError(f"report version {data['version']}, needs {SCHEMA_VERSION}")
+        lists = ("refusals", "layout_nodes")
+        sites = [
+            RewrittenSite(**{k: tuple(v) if k in lists else v for k, v in site.items()})
+            for site in data["rewritten"]
+        ]
+        misses = [Decline(**miss) for miss in data["declined"]]
+        return cls(sites, misses, data["graphs"], list(data["errors"]))
+
     def __str__(self) -> str:
         from tabulate import tabulate
 

@@ -112,6 +112,13 @@ def propagate_fakes(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None
     FakeTensorProp(graph_module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
 
 
+def inductor_cache_dir() -> str:
+    """Where Inductor keeps compiled code."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return str(cache_dir())
+
+
 def log_artifact(name: str, payload: Callable[[], str]) -> None:
     """Write a structured trace artifact (TORCH_TRACE / tlparse), if tracing is on."""
     from torch._logging import trace_structured

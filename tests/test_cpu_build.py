@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fxpass.kernels import cpu, cpu_build, cpu_call, cpu_source
 from fxpass.spec import NormSpec
 
