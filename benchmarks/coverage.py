@@ -124,6 +124,7 @@ def _run_all(
 
 def _warm_up(library: str) -> None:
     """Import, before the fork, what every child needs: several seconds less per type."""
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.force_disable_caches = True
