@@ -111,4 +111,4 @@ def _load(spec: NormSpec) -> ctypes._CFuncPtr:
     return cpu_build.load_library("row", cpu_source.source(spec)).fxpass_run
 
 
-KERNEL = Kernel("cpu.row", CONTRACT, launch, prepare)
+KERNEL = Kernel("cpu.row", CONTRACT, launch, prepare, entry)

@@ -83,12 +83,17 @@ bool make_dense(const Bound& b, PyObject* object, Operand& o) {
 bool read(const Bound& b, PyObject* object, Role role, Operand& o) {
   if (b.dlpack->view(object, &o.t)) return false;
   const DLDataType& want = b.dtype[role];
-  if (o.t.device.type != DL_CPU || o.t.dtype.code != want.code || o.t.dtype.bits != want.bits) {
-    PyErr_Format(PyExc_TypeError, "cpu.row: %s is %R, needs the dtype of the spec on cpu",
-                 NAMES[role], object);
-    return false;
-  }
-  return true;
+  if (o.t.device.type == DL_CPU && o.t.dtype.code == want.code && o.t.dtype.bits == want.bits)
+    return true;
+  const char* code = want.code == DL_BFLOAT ? "bfloat" : "float";
+  PyObject *dtype = PyObject_GetAttrString(object, "dtype"),
+           *device = PyObject_GetAttrString(object, "device");
+  if (dtype && device)
+    PyErr_Format(PyExc_TypeError, "cpu.row: %s is %S on %S, needs torch.%s%d on cpu", NAMES[role],
+                 dtype, device, code, (int)want.bits);
+  Py_XDECREF(dtype);
+  Py_XDECREF(device);
+  return false;
 }
 
 // weight, bias: dense, `rows` x hidden.
@@ -111,6 +116,7 @@ bool read_rows(const Bound& b, PyObject* object, Role role, fx_i64 hidden, Opera
 // Leading dims with adjacent ones merged where both strides allow it. False if too many are left.
 bool merge_dims(const DLTensor& x, const DLTensor* residual, FxArgs& a) {
   int n = 0;
+  a.x_stride[0] = a.residual_stride[0] = 0;
   for (int d = 0; d < x.ndim - 1; ++d) {
     fx_i64 size = x.shape[d], xs = x.strides[d], rs = residual ? residual->strides[d] : 0;
     if (size == 1) continue;
@@ -144,7 +150,6 @@ bool read_x(const Bound& b, PyObject* const* argv, Operand& x, Operand& residual
   if (!last_is_dense(x.t) || (two && !last_is_dense(*r)) || !merge_dims(x.t, r, a)) {
     if (!make_dense(b, argv[X], x)) return false;
     if (two && !make_dense(b, argv[RESIDUAL], residual)) return false;
-    a = FxArgs{};
     merge_dims(x.t, r, a);
   }
   a.hidden = x.t.shape[x.t.ndim - 1];
