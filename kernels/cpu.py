@@ -8,9 +8,9 @@ the number of rows, threads, strides or the width of the machine's registers. `p
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -107,7 +107,8 @@ def _built(spec: NormSpec) -> cpu_call.Call:
     return cpu_call.through_glue(spec, run) if glue else cpu_call.through_ctypes(spec, run)
 
 
-def _load(spec: NormSpec) -> ctypes._CFuncPtr:
+def _load(spec: NormSpec) -> Any:
+    """The C function `fxpass_run` of `spec`."""
     return cpu_build.load_library("row", cpu_source.source(spec)).fxpass_run
 
 

@@ -34,7 +34,7 @@ _FLAGS = "-std=c++17 -O3 -fPIC -shared -fvisibility=hidden -w".split()
 # One IEEE operation per operator: bits must not depend on what the machine can fuse. The other
 # two only give up errno and floating-point traps, and let the loops vectorise.
 _FLAGS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
-_NATIVE = (["-march=native"], ["-mcpu=native"], [])
+_NATIVE: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 _TRAILER = b"fxpass-sha256:"
 _TIMEOUT_S = 120
 

@@ -63,7 +63,7 @@ def through_glue(spec: NormSpec, run: Any) -> Call:
     inputs = (spec.x, spec.residual, spec.weight, spec.bias)
     call: Call = load_glue().bind(
         address,
-        torch.Tensor.__dlpack_c_exchange_api__,  # type: ignore[attr-defined]
+        torch.Tensor.__dlpack_c_exchange_api__,
         _allocator(),
         torch.get_num_threads,
         tuple("" if dtype is None else short(dtype) for dtype in inputs),
@@ -142,7 +142,7 @@ def _made(spec: NormSpec) -> tuple[torch.dtype | None, ...]:
 def _allocator() -> Callable[..., torch.Tensor]:
     """(size, stride, dtype) -> tensor. Inductor's own costs 0.45 us, torch.empty_strided 2 us."""
     try:
-        from torch._C._dynamo.guards import _empty_strided_cpu
+        from torch._C._dynamo.guards import _empty_strided_cpu  # type: ignore[attr-defined]
     except ImportError:
         return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
     fast: Callable[..., torch.Tensor] = _empty_strided_cpu
