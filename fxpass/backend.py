@@ -56,7 +56,7 @@ def reset_report() -> Report:
     return _ledger.take(clear=True)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _source_hash() -> str:
     """Hash of every source file of the package, kernels and patterns included."""
     import fxpass.kernels
@@ -107,7 +107,7 @@ def _make_pass_class() -> type:
     return RMSNormPass
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def pass_class() -> Any:
     """`RMSNormPass`, made on first use because its base class lives in Inductor."""
     made = _make_pass_class()
@@ -119,7 +119,7 @@ def _new_pass(options: Options) -> Any:
     return pass_class()(options)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _chain_class() -> Any:
     base = torch_private.custom_graph_pass_base()
 
@@ -149,11 +149,13 @@ def _with_existing(ours: Any) -> Any:
     return _chain_class()([*others, ours]) if others else ours
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _direct_calls() -> None:
     """Let Inductor's generated code call the kernels without the dispatcher."""
     for count in (1, 2, 3):
-        torch_private.call_directly(ops.op_for(range(count)), "fxpass_norm", ops.run)
+        torch_private.call_directly(
+            ops.op_for(("out", "sum", "row")[:count]), "fxpass_norm", ops.run
+        )
 
 
 def rmsnorm_backend(

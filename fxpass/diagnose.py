@@ -146,7 +146,7 @@ def _root_reason(root: Term) -> str | None:
 
 
 def _outside_reason(root: Term, applied: Term) -> str | None:
-    """eps added to the root instead of under it."""
+    """Eps added to the root instead of under it."""
     for operand in applied.args:
         term = bare(operand)
         for _ in range(4):

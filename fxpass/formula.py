@@ -237,11 +237,11 @@ class Formula:
 _WORDS = Words()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _captures(expression: Callable[..., Expr]) -> tuple[str, ...]:
     return tuple(inspect.signature(expression).parameters)[1:]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _open_pattern(expression: Callable[..., Expr]) -> Expr:
     return expression(_WORDS, **{name: Capture(name) for name in _captures(expression)})

@@ -45,7 +45,9 @@ class LayoutPlan:
     @property
     def nodes(self) -> tuple[LayoutNode, ...]:
         """All layout nodes."""
-        return tuple(node for chains in (self.before, self.after) for c in chains.values() for node in c)
+        return tuple(
+            node for chains in (self.before, self.after) for c in chains.values() for node in c
+        )
 
 
 class LayoutError(Exception):
@@ -67,8 +69,7 @@ def plan(site: Site, needs: Layout) -> LayoutPlan:
         assert other is not None
         before["residual"] = _input_chain("residual", other, site, order, needs)
     after = {
-        name: _output_chain(name, site, x, order, needs, restride)
-        for name in site.spec.outputs
+        name: _output_chain(name, site, x, order, needs, restride) for name in site.spec.outputs
     }
     return LayoutPlan(before, after)
 
@@ -141,9 +142,7 @@ def _output_chain(
         raise LayoutError(f"{role} has no known strides")
     if not facts.same_shape(found.shape, x.shape if role != "row" else shape):
         chain.append(LayoutNode("shape", role, shape=found.shape))
-    if restride and role == "out":
-        chain.append(_restride(role, found))
-    elif role == "sum" and not _same_memory(found, x, order):
+    if (restride and role == "out") or (role == "sum" and not _same_memory(found, x, order)):
         chain.append(_restride(role, found))
     return tuple(chain)
 
@@ -170,7 +169,7 @@ def _readable(shape: tuple[Size, ...], stride: tuple[Size, ...], dims: int, need
         return False
     if not (facts.same(stride[-1], 1) or facts.same(shape[-1], 1)):
         return False
-    return needs.rows == "any" and needs.rank is None or _one_row_stride(shape[:-1], stride[:-1])
+    return (needs.rows == "any" and needs.rank is None) or _one_row_stride(shape[:-1], stride[:-1])
 
 
 def _one_row_stride(shape: tuple[Size, ...], stride: tuple[Size, ...]) -> bool:

@@ -156,7 +156,11 @@ class _Search:
         if residual is not None:
             inside |= residual.inside
         uses = Uses(candidate.anchor, inside, core, residual)
-        outputs = ("out", *(["sum"] if uses.sum_nodes else []), *(["row"] if uses.row_nodes else []))
+        outputs = (
+            "out",
+            *(["sum"] if uses.sum_nodes else []),
+            *(["row"] if uses.row_nodes else []),
+        )
         spec = _spec(core, element, weight, bias, residual, outputs)
         site = _assemble(family, candidate, core, spec, weight, bias, residual, uses, self.order)
         self._check_order(site)

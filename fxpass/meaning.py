@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
@@ -99,7 +100,9 @@ class _RowReader:
             return [Step(term.op, dtype)]
         if term.op == "cast":
             before = self.steps(term.args[0])
-            return before if is_exact_cast(before[-1].dtype, dtype) else [*before, Step("cast", dtype)]
+            return (
+                before if is_exact_cast(before[-1].dtype, dtype) else [*before, Step("cast", dtype)]
+            )
         if term.op in ("rsqrt", "sqrt", "reciprocal", "square"):
             return [*self.steps(term.args[0]), Step(term.op, dtype)]
         return self._binary(term, dtype)
@@ -124,19 +127,21 @@ class _RowReader:
             if self._is_length(other):
                 return Step("div_n", dtype)
             if known:
-                return Step("mul_const", dtype, _f32(1.0 / known)) if _power_of_two(known) else (
-                    _decline(f"divided by {known}, which is not the row length", term)
+                return (
+                    Step("mul_const", dtype, _f32(1.0 / known))
+                    if _power_of_two(known)
+                    else (_decline(f"divided by {known}, which is not the row length", term))
                 )
         if term.op == "mul" and known is not None:
             length = facts.static(self.hidden)
             if self.binds.get("length") is other:
                 if length is None or _f32(known) != _f32(1.0 / length):
-                    return _decline(f"sum of squares times {known}; 1/N is needed", term)
+                    _decline(f"sum of squares times {known}; 1/N is needed", term)
                 return Step("mul_n", dtype)
             if self.binds.get("root_length") is other:
                 self._check_root_length(1.0 / known if known else math.inf, term)
             return Step("mul_const", dtype, _f32(known))
-        return _decline(f"{term.op} with {other!r} inside the root is not understood", term)
+        _decline(f"{term.op} with {other!r} inside the root is not understood", term)
 
     def _check_root_length(self, value: float, term: Term) -> None:
         length = facts.static(self.hidden)
@@ -237,7 +242,7 @@ def _element_step(
         name = "add_bias" if (term.op, role) == ("add", "bias") else op.get((term.op, role or ""))
         if name is not None and not (name == "div_row" and other is first):
             return inner, Step(name, dtype)
-    return _decline(f"{term.op} is not a step of a norm", term)
+    _decline(f"{term.op} is not a step of a norm", term)
 
 
 def read_weight(binds: Binds, core: Core) -> Factor | None:
@@ -307,7 +312,7 @@ def _power_of_two(value: float) -> bool:
     return math.frexp(abs(value))[0] == 0.5
 
 
-def _decline(reason: str, term: Term) -> Step:
+def _decline(reason: str, term: Term) -> NoReturn:
     raise Declined(reason, _name(term))
 
 

@@ -100,4 +100,6 @@ def check(site: Site, found: Effects, order: dict[fx.Node, int]) -> None:
     read = frozenset().union(*(found.roots[node] for node in (*site.inputs, *site.interior)))
     for writer, memory in found.writes:
         if writer in inside or (start < order[writer] < end and memory & read):
-            raise Declined(f"%{writer.name} writes in place to a tensor the norm reads", writer.name)
+            raise Declined(
+                f"%{writer.name} writes in place to a tensor the norm reads", writer.name
+            )

@@ -25,16 +25,16 @@ _ARGUMENTS = (
 _RETURNS = ("Tensor", "(Tensor, Tensor)", "(Tensor, Tensor, Tensor)")
 NAMES = ("norm", "norm2", "norm3")
 
-_library = torch.library.Library("fxpass", "DEF")
+_library: Any = getattr(torch.library, "Library")("fxpass", "DEF")  # noqa: B009 - untyped in torch
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def parsed(spec: str) -> NormSpec:
     """The spec of a text, parsed once."""
     return NormSpec.parse(spec)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _entry(kernel: str, spec: str) -> Callable[..., Any]:
     """The fastest callable for this kernel and spec: (x, residual, weight, bias, eps)."""
     return by_name(kernel).entry(parsed(spec))
@@ -89,12 +89,14 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     eps = ctx.eps if eps_tensor is None else eps_tensor.item()
     with torch.enable_grad():
         inputs = [_leaf(tensor) for tensor in (x, residual, weight, bias)]
-        outputs = reference.launch(parsed(ctx.spec), *inputs, eps)  # type: ignore[arg-type]
-        wanted = [i for i, tensor in enumerate(inputs) if tensor is not None]
+        first, second, third, fourth = inputs
+        assert first is not None
+        outputs = reference.launch(parsed(ctx.spec), first, second, third, fourth, eps)
+        wanted = {i: tensor for i, tensor in enumerate(inputs) if tensor is not None}
         pairs = [(o, g) for o, g in zip(outputs, flat, strict=True) if g is not None]
         found = torch.autograd.grad(
             [o for o, _ in pairs],
-            [inputs[i] for i in wanted],  # type: ignore[misc]
+            list(wanted.values()),
             [g for _, g in pairs],
             allow_unused=True,
         )

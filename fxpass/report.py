@@ -101,11 +101,7 @@ class Report:
         """Inverse of `to_dict`. Raises KeyError or TypeError if the data is not a report."""
         if data["version"] != SCHEMA_VERSION:
             raise KeyError(f"report version {data['version']}, needs {SCHEMA_VERSION}")
-        lists = ("refusals", "layout_nodes")
-        sites = [
-            RewrittenSite(**{k: tuple(v) if k in lists else v for k, v in site.items()})
-            for site in data["rewritten"]
-        ]
+        sites = [RewrittenSite(**_tuples(site)) for site in data["rewritten"]]
         misses = [Decline(**miss) for miss in data["declined"]]
         return cls(sites, misses, data["graphs"], list(data["errors"]))
 
@@ -124,6 +120,11 @@ class Report:
             misses = [(m.node, _short(m.location), m.reason) for m in self.declined]
             parts.append(tabulate(misses, headers=("declined", "source", "reason")))
         return "\n\n".join(parts + self.errors)
+
+
+def _tuples(site: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only; the records hold tuples."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in site.items()}
 
 
 def of_decisions(decisions: Decisions) -> Report:

@@ -63,7 +63,7 @@ def _addend(term: Term, total: Term) -> bool:
     if not term.nodes or term.dtype not in KNOWN_DTYPES or term.shape is None:
         return False
     wide = total.dtype
-    assert wide is not None and term.dtype is not None
+    assert wide is not None
     return facts.same_shape(tuple(term.shape), tuple(total.shape or ())) and is_exact_cast(
         term.dtype, wide
     )

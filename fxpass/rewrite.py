@@ -7,7 +7,7 @@ them exist and compute what eager computes (shape, dtype, strides) are the old n
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import fx
 from fxpass import facts, ops, verify
 from fxpass.layout import LayoutNode
 from fxpass.plan import Plan
+from fxpass.sites import Site
 from fxpass.torch_private import fake_mode_of
 from fxpass.uses import is_passive
 
@@ -61,10 +62,11 @@ class _Editor:
         """Layout nodes by (source, kind, arguments): sites with the same source share them."""
         self._replacements: dict[fx.Node, fx.Node] = {}
         self._interior: list[fx.Node] = []
+        self._site: Site
 
     def add(self, plan: Plan) -> None:
         """Add the nodes of one plan and note what they replace."""
-        site = plan.site
+        site = self._site = plan.site
         tensors: dict[str, fx.Node | None] = {
             "x": self._resolved(site.x),
             "residual": self._resolved(site.residual),
@@ -148,25 +150,28 @@ class _Editor:
         return size if isinstance(size, int) else self._sym_size(node, dim, like)
 
     def _known_size(self, size: facts.Size, like: fx.Node) -> Any:
-        """A size of the old result, as a number or read off the old x."""
+        """A size of the old result: a number, or read off a value that outlives the rewrite."""
         if isinstance(size, int):
             return size
-        for source in like.all_input_nodes:
-            found = facts.of(source)
-            for dim, other in enumerate(found.shape if found else ()):
-                if facts.same(size, other):
-                    return self._sym_size(self._resolved(source) or source, dim, like)
-        return self._sym_size_anywhere(size, like)
-
-    def _sym_size_anywhere(self, size: facts.Size, like: fx.Node) -> fx.Node:
-        for node in self.graph.nodes:
-            if node is like:
-                break
+        for node in self._lasting(like):
+            known = facts.value(node)
+            if isinstance(known, torch.SymInt) and facts.same(known, size):
+                return node
             found = facts.of(node)
             for dim, other in enumerate(found.shape if found else ()):
                 if facts.same(size, other):
                     return self._sym_size(node, dim, like)
-        raise RuntimeError(f"no tensor of the graph has size {size}")
+        raise RuntimeError(f"no value of the graph has size {size}")
+
+    def _lasting(self, like: fx.Node) -> Iterator[fx.Node]:
+        """The site's inputs, then whatever stands before it and is not taken over."""
+        yield from (node for node in map(self._resolved, self._site.inputs) if node is not None)
+        inside = {*self._interior, *self._site.interior}
+        for node in self.graph.nodes:
+            if node is like:
+                return
+            if node not in inside:
+                yield node
 
     def _sym_size(self, node: fx.Node, dim: int, like: fx.Node) -> fx.Node:
         key = (node, "size", (dim,), ())
@@ -175,12 +180,16 @@ class _Editor:
         return self.shared[key]
 
     def _call(
-        self, target: Any, args: tuple[Any, ...], like: fx.Node, kwargs: dict[str, Any] | None = None
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        like: fx.Node,
+        kwargs: dict[str, Any] | None = None,
     ) -> fx.Node:
         """Add a call right after its latest input, with its fake value."""
         inputs = [arg for arg in _flat(args) if isinstance(arg, fx.Node)]
         with self._after(inputs):
-            node = self.graph.call_function(target, args, kwargs or {})
+            node: fx.Node = self.graph.call_function(target, args, kwargs or {})
         self.new.append(node)
         fakes = [facts.value(arg) if isinstance(arg, fx.Node) else arg for arg in args]
         with fake_mode_of([v for v in fakes if isinstance(v, torch.Tensor)]):

@@ -53,19 +53,20 @@ def difference(plan: Plan) -> str | None:
 def _run_kernel(plan: Plan, env: dict[fx.Node, Any]) -> dict[str, torch.Tensor]:
     site, choice = plan.site, plan.choice
     assert choice.kernel is not None
-    tensors = [None if n is None else env[n] for n in (site.x, site.residual)]
-    flat = [None if t is None else _rows(t, site.dims) for t in tensors]
-    if choice.kernel.contract.layout.rank == 2:
-        flat = [None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in flat]
-    factors = [None if n is None else env[n].contiguous() for n in (site.weight, site.bias)]
+    rank = choice.kernel.contract.layout.rank
+    x = _rows(env[site.x], site.dims, rank)
+    residual = None if site.residual is None else _rows(env[site.residual], site.dims, rank)
+    weight, bias = (None if n is None else env[n].contiguous() for n in (site.weight, site.bias))
     eps = None if site.eps_node is None else env[site.eps_node]
-    found = ops.run(*flat, *factors, eps, site.eps, choice.kernel.name, str(choice.spec))
+    name, text = choice.kernel.name, str(choice.spec)
+    found = ops.run(x, residual, weight, bias, eps, site.eps, name, text)
     outputs = found if isinstance(found, (tuple, list)) else (found,)
     return dict(zip(choice.spec.outputs, outputs, strict=True))
 
 
-def _rows(tensor: torch.Tensor, dims: int) -> torch.Tensor:
-    return tensor.flatten(tensor.ndim - dims).contiguous() if dims > 1 else tensor.contiguous()
+def _rows(tensor: torch.Tensor, dims: int, rank: int | None) -> torch.Tensor:
+    rows = tensor.flatten(tensor.ndim - dims).contiguous()
+    return rows.reshape(-1, rows.shape[-1]) if rank == 2 else rows
 
 
 def _sample(node: fx.Node, generator: torch.Generator) -> torch.Tensor:

@@ -33,7 +33,7 @@ def choose(site: Site, options: Options) -> Choice:
     spec, label = _with_rounding(site.spec, options.rounding)
     platform = platform_of(site)
     hidden = facts.static(site.hidden)
-    refusals = []
+    refusals: list[str] = []
     for kernel in candidates(options, platform):
         reason = kernel.contract.refusal(spec, platform, hidden) or kernel.prepare(spec, hidden)
         if reason is None:

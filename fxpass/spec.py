@@ -77,7 +77,7 @@ class Step:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """The meaning of one norm site, without its tensors. Hashable; `str` and `parse` are inverse."""
+    """The meaning of one norm site, without its tensors. `str` and `parse` are inverse."""
 
     x: torch.dtype
     """dtype of x (of the first addend, when there is a residual)."""
@@ -96,12 +96,14 @@ class NormSpec:
     """dtype that (weight + offset) is rounded to; float32 for Gemma, 16 bit is another meaning."""
     bias: torch.dtype | None = None
     outputs: tuple[str, ...] = ("out",)
-    """What the kernel returns, in this order: out, then sum, then row (the last row value, rstd)."""
+    """What the kernel returns, in this order: out, sum, row (the last value per row, rstd)."""
 
     def __post_init__(self) -> None:
         for step in self.row:
             if step.op not in ROW_OPS:
-                raise FxpassError(f"spec: row step {step.op!r} is unknown; known: {sorted(ROW_OPS)}")
+                raise FxpassError(
+                    f"spec: row step {step.op!r} is unknown; known: {sorted(ROW_OPS)}"
+                )
         for step in self.element:
             if step.op not in ELEMENT_OPS:
                 raise FxpassError(

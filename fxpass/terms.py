@@ -63,7 +63,7 @@ class TermTable:
         shape: tuple[Any, ...] | None = None,
     ) -> Term:
         """The term of this operation, made once."""
-        key = (op, tuple(map(id, args)), params, dtype)
+        key: tuple[Any, ...] = (op, tuple(map(id, args)), params, dtype)
         if op in ("view", "expand"):
             key += (tuple(map(str, shape or ())),)
         term = self._interned.get(key)

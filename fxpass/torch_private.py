@@ -7,7 +7,7 @@ Heavy modules (Inductor, Dynamo) are imported inside the functions that need the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -48,13 +48,12 @@ def compile_fx(
     graph_module: fx.GraphModule,
     inputs: Sequence[Any],
     patches: dict[str, Any],
-    inner_compile: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Inductor's entry point, with config patches held while it runs (backward included)."""
     from torch._inductor.compile_fx import compile_fx as inductor_compile
 
-    extra = {} if inner_compile is None else {"inner_compile": inner_compile}
-    return inductor_compile(graph_module, inputs, config_patches=patches, **extra)  # type: ignore[no-any-return]
+    compiled: Any = inductor_compile(graph_module, inputs, config_patches=patches)
+    return cast("Callable[..., Any]", compiled)
 
 
 def mode_patches(mode: str | None) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def visit_post_grad_graphs(
         return inductor_compile(
             graph_module,
             inputs,
-            inner_compile=inner,  # type: ignore[arg-type]
+            inner_compile=inner,
             config_patches={"force_disable_caches": True, "fx_graph_cache": False},
         )
 
@@ -121,7 +120,7 @@ def inductor_cache_dir() -> str:
 
 def log_artifact(name: str, payload: Callable[[], str]) -> None:
     """Write a structured trace artifact (TORCH_TRACE / tlparse), if tracing is on."""
-    from torch._logging import trace_structured
+    from torch._logging._internal import trace_structured
 
     trace_structured(
         "artifact",
@@ -147,7 +146,8 @@ def call_directly(op: Any, name: str, function: Callable[..., Any]) -> None:
     setattr(extern_kernels, name, function)
     if op in lowerings:
         return
-    fallback = fallback_handler(op, add_to_fallback_set=False)
+    make_fallback: Callable[..., Any] = fallback_handler
+    fallback = make_fallback(op, add_to_fallback_set=False)
 
     def lower(*args: Any, **kwargs: Any) -> Any:
         outputs = fallback(*args, **kwargs)

@@ -12,7 +12,11 @@ from fxpass.residual import Residual
 from fxpass.terms import Term, exact
 
 _PASSIVE = frozenset(
-    ("aten._assert_tensor_metadata.default", "aten._assert_scalar.default", "aten._assert_async.msg")
+    (
+        "aten._assert_tensor_metadata.default",
+        "aten._assert_scalar.default",
+        "aten._assert_async.msg",
+    )
 )
 """Nodes of exported graphs that check a value and pass nothing on: no users."""
 
@@ -84,8 +88,10 @@ def _cheap(term: Term) -> bool:
     """Nodes that may stay for their other readers: exact casts, views, weight preparation."""
     if term.op in ("view", "expand", "cast"):
         return term.op != "cast" or exact(term) is not term
-    return term.op == "add" and any(arg.op == "const" for arg in term.args) and all(
-        exact(arg).op in ("const", "leaf") for arg in term.args
+    return (
+        term.op == "add"
+        and any(arg.op == "const" for arg in term.args)
+        and all(exact(arg).op in ("const", "leaf") for arg in term.args)
     )
 
 
