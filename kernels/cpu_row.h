@@ -176,6 +176,32 @@ static inline float row_value(const FxArgs& a, fx_i64 r) {
   return value;
 }
 
+static inline u32 pair_at(const void* p, fx_i64 i) {
+  u32 pair;
+  __builtin_memcpy(&pair, (const char*)p + 4 * i, sizeof(pair));
+  return pair;
+}
+
+// Two bf16 of one 32-bit word are widened by a shift and a mask, and packed by another two; as
+// 16-bit elements they would have to be spread over two registers and collected again.
+template <class S>
+static inline void write_pairs(const void* __restrict x, const void* __restrict weight,
+                               const void* __restrict bias, void* __restrict out, fx_i64 pairs,
+                               float scale) {
+  for (fx_i64 i = 0; i < pairs; ++i) {
+    u32 value = pair_at(x, i), factor = 0, shift = 0;
+    if constexpr (S::has_weight) factor = pair_at(weight, i);
+    if constexpr (S::has_bias) shift = pair_at(bias, i);
+    float low = S::element(float_of(value << 16), scale, S::factor(float_of(factor << 16)),
+                           float_of(shift << 16));
+    float high = S::element(float_of(value & 0xffff0000u), scale,
+                            S::factor(float_of(factor & 0xffff0000u)),
+                            float_of(shift & 0xffff0000u));
+    u32 both = (bf16_rounded(low) >> 16) | (bf16_rounded(high) & 0xffff0000u);
+    __builtin_memcpy((char*)out + 4 * i, &both, sizeof(both));
+  }
+}
+
 // Second pass, over a row that the first one left in the nearest caches.
 template <class S>
 static inline void write_row(const FxArgs& a, fx_i64 r, float scale) {
@@ -192,7 +218,13 @@ static inline void write_row(const FxArgs& a, fx_i64 r, float scale) {
     sum = (const Sum*)a.sum + r * hidden;
     residual = (const typename S::Residual*)a.residual + offset_of(a, a.residual_stride, r);
   }
-  for (fx_i64 i = 0; i < hidden; ++i) {
+  fx_i64 done = 0;
+  if constexpr (S::pairs) {
+    const void* normed = S::has_residual ? (const void*)sum : (const void*)x;
+    done = hidden & ~(fx_i64)1;
+    write_pairs<S>(normed, weight, bias, out, done / 2, scale);
+  }
+  for (fx_i64 i = done; i < hidden; ++i) {
     float value;
     if constexpr (!S::has_residual) {
       value = widen(x[i]);
