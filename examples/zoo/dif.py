@@ -1,7 +1,7 @@
 """Build a tiny random diffusers transformer of a given class, and inputs for it.
 
 Constructor arguments are shrunk by name; a class that needs more has a row in `CLASSES`. Inputs are
-named in the row with their shapes: B is the batch, other letters are constructor arguments.
+made by the names of the arguments of `forward`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zoo.dif_special import CLASSES, Maker
+from zoo.dif_special import CLASSES, COMMON, TEXT, Maker, Recipe
 from zoo.hf import Built, spread_norm_weights
 
 SHRINK = {
@@ -21,12 +21,12 @@ SHRINK = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "attention_head_dim": 32,
-    "joint_attention_dim": 64,
-    "cross_attention_dim": 64,
+    "joint_attention_dim": TEXT,
+    "cross_attention_dim": TEXT,
     "pooled_projection_dim": 48,
-    "text_dim": 64,
-    "text_embed_dim": 64,
-    "caption_channels": 64,
+    "text_dim": TEXT,
+    "text_embed_dim": TEXT,
+    "caption_channels": TEXT,
     "freq_dim": 32,
     "ffn_dim": 256,
     "axes_dims_rope": (8, 12, 12),
@@ -54,8 +54,23 @@ def build(
     arguments.update({**recipe.arguments, **changes})
     model = cls(**arguments).to(dtype).eval()
     spread_norm_weights(model, seed)
-    maker = Maker(batch, dtype, torch.Generator().manual_seed(seed + 1), model)
-    inputs = recipe.inputs(maker)
-    if "return_dict" in inspect.signature(cls.forward).parameters:
+    return Built(model, _inputs(model, recipe, batch, dtype, seed))
+
+
+def _inputs(
+    model: Any, recipe: Recipe, batch: int, dtype: torch.dtype, seed: int
+) -> dict[str, Any]:
+    """What `forward` needs, from the common table and the class's own."""
+    names = inspect.signature(model.forward).parameters
+    channels = getattr(model.config, "in_channels", 16)
+    generator = torch.Generator().manual_seed(seed + 1)
+    make = Maker(batch, dtype, generator, channels, recipe.axes)
+    inputs = {name: maker(make) for name, maker in COMMON.items() if name in names}
+    if not getattr(model.config, "guidance_embeds", False):
+        inputs.pop("guidance", None)
+    if "hidden_states" in names:
+        inputs["hidden_states"] = make.hidden(recipe.layout)
+    inputs.update(recipe.inputs(make))
+    if "return_dict" in names:
         inputs["return_dict"] = False
-    return Built(model, inputs)
+    return inputs

@@ -1,4 +1,4 @@
-"""One row per diffusers transformer class: constructor arguments and inputs."""
+"""One row per diffusers transformer class: the layout of its input and what the rules miss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-Inputs = dict[str, Any]
+TEXT = 64
+"""Width of the text embeddings."""
+TEXT_TOKENS = 8
+IMAGE_TOKENS = 16
 
 
 @dataclass
@@ -18,53 +21,143 @@ class Maker:
     batch: int
     dtype: torch.dtype
     generator: torch.Generator
-    model: torch.nn.Module
+    channels: int
+    axes: int = 3
 
     def randn(self, *shape: int) -> torch.Tensor:
         """Random values, with the batch in front."""
         return torch.randn(self.batch, *shape, generator=self.generator).to(self.dtype)
 
-    def time(self, value: float = 500.0) -> torch.Tensor:
-        """A diffusion time for each batch element."""
-        return torch.full((self.batch,), value)
-
-    def ids(self, tokens: int, axes: int = 3) -> torch.Tensor:
+    def ids(self, tokens: int) -> torch.Tensor:
         """Positions for rotary embeddings, the same for the whole batch."""
-        return torch.arange(tokens * axes).reshape(tokens, axes).float() % 7
+        return torch.arange(tokens * self.axes).reshape(tokens, self.axes).float() % 7
 
-    def mask(self, tokens: int) -> torch.Tensor:
+    def ones(self, *shape: int) -> torch.Tensor:
         """An attention mask that hides nothing."""
-        return torch.ones(self.batch, tokens, dtype=torch.bool)
+        return torch.ones(self.batch, *shape, dtype=torch.bool)
+
+    def pair(self, value: float) -> torch.Tensor:
+        """Two numbers (a size, a crop) for each batch element."""
+        return torch.full((self.batch, 2), value)
+
+    def hidden(self, layout: str) -> torch.Tensor:
+        """The noisy input: tokens, an image or a video."""
+        if layout == "tokens":
+            return self.randn(IMAGE_TOKENS, self.channels)
+        return self.randn(self.channels, *((2, 8, 8) if layout == "video" else (8, 8)))
 
 
 @dataclass
 class Recipe:
-    """How to build one class."""
+    """How to build and call one class."""
 
-    inputs: Callable[[Maker], Inputs]
+    layout: str
+    """tokens, image or video."""
     arguments: dict[str, Any] = field(default_factory=dict)
+    inputs: Callable[[Maker], dict[str, Any]] = lambda make: {}
+    """Inputs beyond `COMMON`."""
+    axes: int = 3
 
 
-def flux(make: Maker) -> Inputs:
-    return {
-        "hidden_states": make.randn(16, 16),
-        "encoder_hidden_states": make.randn(8, 64),
-        "pooled_projections": make.randn(48),
-        "timestep": make.time(0.5).to(make.dtype),
-        "img_ids": make.ids(16),
-        "txt_ids": make.ids(8),
-    }
+COMMON: dict[str, Callable[[Maker], Any]] = {
+    "encoder_hidden_states": lambda make: make.randn(TEXT_TOKENS, TEXT),
+    "timestep": lambda make: torch.full((make.batch,), 500.0).to(make.dtype),
+    "pooled_projections": lambda make: make.randn(48),
+    "encoder_attention_mask": lambda make: make.ones(TEXT_TOKENS),
+    "encoder_hidden_states_mask": lambda make: make.ones(TEXT_TOKENS),
+    "img_ids": lambda make: make.ids(IMAGE_TOKENS),
+    "txt_ids": lambda make: make.ids(TEXT_TOKENS),
+    "guidance": lambda make: torch.full((make.batch,), 3.5).to(make.dtype),
+    "img_shapes": lambda make: [(1, 4, 4)] * make.batch,
+    "original_size": lambda make: make.pair(64.0),
+    "target_size": lambda make: make.pair(64.0),
+    "crop_coords": lambda make: make.pair(0.0),
+}
+"""Inputs by the name of the argument of `forward`."""
 
-
-def video(make: Maker) -> Inputs:
-    return {
-        "hidden_states": make.randn(16, 2, 8, 8),
-        "timestep": make.time().long(),
-        "encoder_hidden_states": make.randn(8, 64),
-    }
-
+GRID = {"num_frames": 1, "height": 4, "width": 4}
+SMALL_ROPE = {"rope_axes_dim": (16, 16)}
 
 CLASSES: dict[str, Recipe] = {
-    "FluxTransformer2DModel": Recipe(flux, {"in_channels": 16}),
-    "WanTransformer3DModel": Recipe(video),
+    "FluxTransformer2DModel": Recipe("tokens", {"in_channels": 16}),
+    "WanTransformer3DModel": Recipe("video"),
+    "AllegroTransformer3DModel": Recipe("video", {"in_channels": 4}),
+    "AuraFlowTransformer2DModel": Recipe(
+        "image", {"num_mmdit_layers": 1, "num_single_dit_layers": 1, "caption_projection_dim": 128}
+    ),
+    "BriaFiboTransformer2DModel": Recipe(
+        "tokens",
+        {"in_channels": 16, "text_encoder_dim": 32},
+        lambda make: {"text_encoder_layers": [make.randn(TEXT_TOKENS, 32) for _ in range(4)]},
+    ),
+    "BriaTransformer2DModel": Recipe("tokens", {"in_channels": 16}),
+    "ChromaTransformer2DModel": Recipe(
+        "tokens",
+        {"in_channels": 16, "approximator_num_channels": 32, "approximator_hidden_dim": 64},
+        lambda make: {"attention_mask": make.ones(TEXT_TOKENS + IMAGE_TOKENS)},
+    ),
+    "ChronoEditTransformer3DModel": Recipe("video"),
+    "CogView4Transformer2DModel": Recipe("image", {"rope_axes_dim": (16, 16)}),
+    "CosmosTransformer3DModel": Recipe(
+        "video",
+        {"max_size": (4, 16, 16), "encoder_hidden_states_channels": TEXT},
+        lambda make: {"padding_mask": torch.zeros(1, 1, 8, 8, dtype=make.dtype), "fps": 24},
+    ),
+    "ErnieImageTransformer2DModel": Recipe("image"),
+    "Flux2Transformer2DModel": Recipe(
+        "tokens", {"in_channels": 16, "axes_dims_rope": (8, 8, 8, 8)}, axes=4
+    ),
+    "HunyuanImageTransformer2DModel": Recipe(
+        "image",
+        {"in_channels": 4, "out_channels": 4, "rope_axes_dim": (16, 16), "patch_size": (2, 2)},
+    ),
+    "HunyuanVideoTransformer3DModel": Recipe("video"),
+    "LTXVideoTransformer3DModel": Recipe("tokens", {"cross_attention_dim": 128}, lambda make: GRID),
+    "Lumina2Transformer2DModel": Recipe(
+        "image",
+        {"hidden_size": 128, "num_kv_heads": 2, "axes_dim_rope": (8, 12, 12), "cap_feat_dim": TEXT},
+    ),
+    "LuminaNextDiT2DModel": Recipe("image", {"hidden_size": 128, "num_kv_heads": 2}),
+    "LongCatImageTransformer2DModel": Recipe("tokens", {"in_channels": 16}),
+    "MochiTransformer3DModel": Recipe("video"),
+    "NucleusMoEImageTransformer2DModel": Recipe("tokens", {"in_channels": 16}),
+    "OmniGenTransformer2DModel": Recipe("image", {"hidden_size": 128}),
+    "OvisImageTransformer2DModel": Recipe("tokens", {"in_channels": 16}),
+    "QwenImageTransformer2DModel": Recipe("tokens", {"in_channels": 16, "out_channels": 4}),
+    "SD3Transformer2DModel": Recipe(
+        "image", {"caption_projection_dim": 128, "pos_embed_max_size": 16, "qk_norm": "rms_norm"}
+    ),
+    "SanaTransformer2DModel": Recipe(
+        "image",
+        {
+            "num_cross_attention_heads": 4,
+            "cross_attention_head_dim": 32,
+            "cross_attention_dim": 128,
+            "qk_norm": "rms_norm_across_heads",
+        },
+    ),
+    "SkyReelsV2Transformer3DModel": Recipe("video"),
+    "StableAudioDiTModel": Recipe("tokens"),
+    "WanVACETransformer3DModel": Recipe(
+        "video",
+        {"vace_layers": [0]},
+        lambda make: {"control_hidden_states": make.randn(96, 2, 8, 8)},
+    ),
+    "ZImageTransformer2DModel": Recipe(
+        "image",
+        {
+            "dim": 128,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 4,
+            "n_kv_heads": 4,
+            "cap_feat_dim": TEXT,
+            "axes_dims": [8, 12, 12],
+        },
+        lambda make: {
+            "x": [make.randn(16, 1, 8, 8)[0] for _ in range(make.batch)],
+            "t": torch.full((make.batch,), 0.5).to(make.dtype),
+            "cap_feats": [make.randn(TEXT_TOKENS, TEXT)[0] for _ in range(make.batch)],
+        },
+    ),
 }
