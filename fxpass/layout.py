@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import fx
+
 from fxpass import facts
 from fxpass.facts import Size, TensorFacts
 from fxpass.kernels import Layout
@@ -68,6 +70,9 @@ def plan(site: Site, needs: Layout) -> LayoutPlan:
         other = facts.of(site.residual)
         assert other is not None
         before["residual"] = _input_chain("residual", other, site, order, needs)
+    for role, node in (("weight", site.weight), ("bias", site.bias)):
+        if node is not None:
+            before[role] = _factor_chain(role, node)
     after = {
         name: _output_chain(name, site, x, order, needs, restride) for name in site.spec.outputs
     }
@@ -116,6 +121,17 @@ def _input_chain(
     if needs.rank == 2 and (len(shape) - site.dims + 1) != 2:
         chain.append(LayoutNode("rows", role))
     return tuple(chain)
+
+
+def _factor_chain(role: str, node: fx.Node) -> tuple[LayoutNode, ...]:
+    """Kernels read weights and biases contiguous."""
+    found = facts.of(node)
+    if found is None:
+        raise LayoutError(f"{role} has no known strides")
+    if is_contiguous(found.shape, found.stride):
+        return ()
+    size = facts.numel(found.shape) * found.dtype.itemsize
+    return (LayoutNode("contiguous", role, bytes=size),)
 
 
 def _output_chain(

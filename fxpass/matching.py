@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxpass import facts, mutation
+from fxpass.elements import Factor, read_bias, read_element, read_weight
 from fxpass.errors import Declined
 from fxpass.formula import Binds, Formula
-from fxpass.meaning import Core, Factor, read_bias, read_core, read_element, read_weight
+from fxpass.lifting import lift
+from fxpass.meaning import Core, read_core
 from fxpass.patterns import FAMILIES, FINISHES
 from fxpass.residual import Residual, residuals
 from fxpass.sites import Decline, Found, Site
 from fxpass.spec import NormSpec
-from fxpass.spellings import lift
 from fxpass.terms import Term, TermTable, exact
 from fxpass.uses import Uses, region
 

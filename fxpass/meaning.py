@@ -40,21 +40,12 @@ class Core:
     """eps as a one-element tensor of the graph."""
 
 
-@dataclass(frozen=True, eq=False)
-class Factor:
-    """A weight or bias operand."""
-
-    term: Term
-    offset: float = 0.0
-    offset_dtype: torch.dtype | None = None
-
-
 def read_core(binds: Binds) -> Core:
     """The program per row. Raises Declined with the first thing that is not a norm."""
     x, row = binds["x"], binds["row"]
     _check_x(x)
     reader = _RowReader(x, binds)
-    steps = reader.steps(row)
+    steps = reader.steps(_unexpanded(row))
     eps, eps_term = _read_eps(binds.get("eps"))
     _check_row_shape(x, row, reader.dims)
     return Core(x, row, reader.square, tuple(steps), reader.dims, reader.hidden, eps, eps_term)
@@ -62,12 +53,12 @@ def read_core(binds: Binds) -> Core:
 
 def _check_x(x: Term) -> None:
     if x.dtype is None or x.shape is None or not x.nodes:
-        raise Declined("x has no known shape and dtype (no fake tensor on its node)", _name(x))
+        raise Declined("x has no known shape and dtype (no fake tensor on its node)", name_of(x))
     if x.dtype not in KNOWN_DTYPES:
         known = ", ".join(map(short, KNOWN_DTYPES))
-        raise Declined(f"x is {short(x.dtype)}; known: {known}", _name(x))
+        raise Declined(f"x is {short(x.dtype)}; known: {known}", name_of(x))
     if _is_centred(x):
-        raise Declined("x is y - mean(y): this is a LayerNorm, not an RMSNorm", _name(x))
+        raise Declined("x is y - mean(y): this is a LayerNorm, not an RMSNorm", name_of(x))
 
 
 def _is_centred(x: Term) -> bool:
@@ -92,9 +83,11 @@ class _RowReader:
 
     def steps(self, term: Term) -> list[Step]:
         """The steps that compute `term` from the sum of squares."""
-        if term.op in ("view", "expand"):
+        if term.op == "view":
             return self.steps(term.args[0])
-        dtype = _known_dtype(term)
+        if term.op == "expand":
+            decline("the value per row is expanded inside the root", term)
+        dtype = known_dtype(term)
         if term.op in ("mean", "sum"):
             self._reduce(term)
             return [Step(term.op, dtype)]
@@ -130,23 +123,23 @@ class _RowReader:
                 return (
                     Step("mul_const", dtype, _f32(1.0 / known))
                     if _power_of_two(known)
-                    else (_decline(f"divided by {known}, which is not the row length", term))
+                    else (decline(f"divided by {known}, which is not the row length", term))
                 )
         if term.op == "mul" and known is not None:
             length = facts.static(self.hidden)
             if self.binds.get("length") is other:
                 if length is None or _f32(known) != _f32(1.0 / length):
-                    _decline(f"sum of squares times {known}; 1/N is needed", term)
+                    decline(f"sum of squares times {known}; 1/N is needed", term)
                 return Step("mul_n", dtype)
             if self.binds.get("root_length") is other:
                 self._check_root_length(1.0 / known if known else math.inf, term)
             return Step("mul_const", dtype, _f32(known))
-        _decline(f"{term.op} with {other!r} inside the root is not understood", term)
+        decline(f"{term.op} with {other!r} inside the root is not understood", term)
 
     def _check_root_length(self, value: float, term: Term) -> None:
         length = facts.static(self.hidden)
         if length is None or not math.isclose(value, math.sqrt(length), rel_tol=1e-6):
-            _decline(f"norm divided by {value:.6g}; sqrt(N) is needed", term)
+            decline(f"norm divided by {value:.6g}; sqrt(N) is needed", term)
 
     def _is_length(self, other: Term) -> bool:
         known = number(other)
@@ -162,11 +155,11 @@ class _RowReader:
         shape = squares.shape or ()
         dims = term.params[0]
         if squares.op != "square" or exact(squares.args[0]) is not self.x:
-            _decline("the mean is of a different tensor than the one normalised", term)
+            decline("the mean is of a different tensor than the one normalised", term)
         if dims != tuple(range(len(shape) - len(dims), len(shape))) or not dims:
             shown = ", ".join(str(dim - len(shape)) for dim in dims)
-            _decline(f"{term.op} is over dim {shown}; only the last dims can be fused", term)
-        self.square = _known_dtype(squares)
+            decline(f"{term.op} is over dim {shown}; only the last dims can be fused", term)
+        self.square = known_dtype(squares)
         self.dims = len(dims)
         self.hidden = facts.numel(shape[len(shape) - len(dims) :])
 
@@ -193,114 +186,36 @@ def _read_eps(term: Term | None) -> tuple[float | None, Term | None]:
     while value.op == "cast" and value.dtype in (torch.float32, torch.float64):
         value = value.args[0]
     if value.shape is None or not value.nodes:
-        raise Declined("eps is neither a number nor a tensor of the graph", _name(term))
+        raise Declined("eps is neither a number nor a tensor of the graph", name_of(term))
     if facts.static(facts.numel(value.shape)) != 1:
-        raise Declined(f"eps has shape {list(value.shape)}; one element is needed", _name(term))
+        raise Declined(f"eps has shape {list(value.shape)}; one element is needed", name_of(term))
     if value.dtype not in SHORT_NAMES:
-        raise Declined(f"eps is {value.dtype}; a floating dtype is needed", _name(term))
+        raise Declined(f"eps is {value.dtype}; a floating dtype is needed", name_of(term))
     return None, value
 
 
 def _check_row_shape(x: Term, row: Term, dims: int) -> None:
     """The value per row must broadcast over exactly the normalised dimensions."""
+    row = _unexpanded(row)
     shape, found = x.shape or (), row.shape or ()
     needed = (*shape[: len(shape) - dims], *([1] * dims))
     padded = (*([1] * (len(shape) - len(found))), *found)
-    if row.op == "expand" or facts.same_shape(padded, needed):
-        return
-    _decline(f"the inverse has shape {list(found)}; {list(needed)} is needed", row)
+    if not facts.same_shape(padded, needed):
+        decline(f"the inverse has shape {list(found)}; {list(needed)} is needed", row)
 
 
-def read_element(anchor: Term, core: Core, binds: Binds) -> tuple[Step, ...]:
-    """The steps per element, from x to the anchor. Raises Declined."""
-    shape = core.x.shape or ()
-    steps: list[Step] = []
-    term = anchor
-    while exact(term) is not core.x:
-        if term.shape is None or not facts.same_shape(tuple(term.shape), shape):
-            _decline("the result is broadcast to another shape", term)
-        dtype = _known_dtype(term)
-        term, step = _element_step(term, dtype, core, binds)
-        if step is not None:
-            steps.append(step)
-    return tuple(reversed(steps))
+def _unexpanded(row: Term) -> Term:
+    """The value per row before it is broadcast, which is what the multiply would do anyway."""
+    while row.op == "expand":
+        row = row.args[0]
+    return row
 
 
-def _element_step(
-    term: Term, dtype: torch.dtype, core: Core, binds: Binds
-) -> tuple[Term, Step | None]:
-    if term.op == "cast":
-        rounds = not is_exact_cast(term.args[0].dtype or dtype, dtype)
-        return term.args[0], Step("cast", dtype) if rounds else None
-    first, second = term.args
-    roles = {id(core.row): "row", id(binds.get("weight")): "weight"}
-    if binds.get("b") is not None:
-        roles[id(binds["b"])] = "bias"
-    for inner, other in ((first, second), (second, first)):
-        role = roles.get(id(other)) or roles.get(id(exact(other)))
-        op = {("mul", "row"): "mul_row", ("div", "row"): "div_row", ("mul", "weight"): "mul_weight"}
-        name = "add_bias" if (term.op, role) == ("add", "bias") else op.get((term.op, role or ""))
-        if name is not None and not (name == "div_row" and other is first):
-            return inner, Step(name, dtype)
-    _decline(f"{term.op} is not a step of a norm", term)
-
-
-def read_weight(binds: Binds, core: Core) -> Factor | None:
-    """The weight operand and its offset. Raises Declined if its shape is not the row's."""
-    w = binds.get("w")
-    if w is None:
-        return None
-    check_over_row(w, core, "weight", most=core.dims + (1 if _is_parameter(w) else 0))
-    whole = exact(binds["weight"])
-    if "offset" not in binds or whole is exact(w):
-        return Factor(w)
-    offset = number(binds["offset"])
-    assert offset is not None
-    return Factor(w, offset, _known_dtype(whole))
-
-
-def read_bias(binds: Binds, core: Core) -> Factor | None:
-    """The bias operand."""
-    if "b" not in binds:
-        return None
-    check_over_row(binds["b"], core, "bias", most=core.dims)
-    return Factor(binds["b"])
-
-
-def _is_parameter(term: Term) -> bool:
-    """True for an input or attribute of the graph, seen through casts and views."""
-    while term.op in ("cast", "view", "expand"):
-        term = term.args[0]
-    return term.node is not None and term.node.op in ("placeholder", "get_attr")
-
-
-def check_over_row(term: Term, core: Core, role: str, most: int) -> None:
-    """A weight must cover the normalised dimensions, and at most `most` dimensions in all.
-
-    One more dimension is a weight per head, which repeats every few rows. An operand that covers
-    more than that (a gate, rotary angles, a second stream) is no weight.
-    """
-    shape = core.x.shape or ()
-    found = term.shape
-    if number(term) is not None or found is None or not term.nodes or term.dtype is None:
-        raise Declined(f"{role} is not a tensor of the graph", _name(term))
-    if term.dtype not in KNOWN_DTYPES:
-        raise Declined(f"{role} is {short(term.dtype)}", _name(term))
-    trimmed = tuple(found)
-    while len(trimmed) > core.dims and facts.same(trimmed[0], 1):
-        trimmed = trimmed[1:]
-    fits = core.dims <= len(trimmed) <= min(most, len(shape)) and (
-        facts.same_shape(trimmed, tuple(shape[len(shape) - len(trimmed) :]))
-    )
-    if not fits:
-        needed = list(shape[len(shape) - core.dims :])
-        raise Declined(f"{role} has shape {list(found)}; {needed} is needed", _name(term))
-
-
-def _known_dtype(term: Term) -> torch.dtype:
+def known_dtype(term: Term) -> torch.dtype:
+    """The dtype a term is rounded to. Raises Declined unless it is one fxpass knows."""
     if term.dtype not in KNOWN_DTYPES:
         shown = "unknown" if term.dtype is None else short(term.dtype)
-        raise Declined(f"{term.op} is computed in {shown}", _name(term))
+        raise Declined(f"{term.op} is computed in {shown}", name_of(term))
     return term.dtype
 
 
@@ -312,11 +227,12 @@ def _power_of_two(value: float) -> bool:
     return math.frexp(abs(value))[0] == 0.5
 
 
-def _decline(reason: str, term: Term) -> NoReturn:
-    raise Declined(reason, _name(term))
+def decline(reason: str, term: Term) -> NoReturn:
+    """Raises Declined at a term's node."""
+    raise Declined(reason, name_of(term))
 
 
-def _name(term: Term) -> str:
+def name_of(term: Term) -> str:
     """The node of a term, or of the first term under it that has one."""
     seen = 0
     while not term.nodes and term.args and seen < 8:

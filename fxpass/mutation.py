@@ -5,11 +5,25 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from fxpass.errors import Declined
 from fxpass.sites import Site
-from fxpass.spellings import VIEWS
+
+VIEWS = frozenset(
+    (
+        "view", "view_as", "reshape", "reshape_as", "unsqueeze", "squeeze", "flatten", "unflatten",
+        "transpose", "permute", "t", "mT", "T", "expand", "expand_as", "contiguous", "to", "float",
+        "half", "bfloat16", "type", "type_as", "narrow", "select", "chunk", "split", "unbind",
+        "detach", "swapaxes", "movedim", "diagonal", "unfold", "as_strided", "alias", "squeeze_",
+        "__getitem__", "getattr",
+        torch.unsqueeze, torch.squeeze, torch.reshape, torch.flatten, torch.unflatten,
+        torch.transpose, torch.permute, torch.chunk, torch.split, torch.unbind, torch.narrow,
+        torch.select, torch.swapaxes, torch.movedim, torch.t, operator.getitem, getattr,
+    )
+)  # fmt: skip
+"""Targets outside ATen whose result may share its inputs' memory (ATen's say so themselves)."""
 
 _INPLACE_FUNCTIONS = frozenset(
     (
@@ -95,7 +109,8 @@ def check(site: Site, found: Effects, order: dict[fx.Node, int]) -> None:
     if not found.writes:
         return
     inside = set(site.interior)
-    start = min(min(order[n] for n in inside), *(order[n] for n in site.out_nodes))
+    # The kernel, and copies of its inputs, are put right after the inputs.
+    start = min(order[node] for node in (*site.inputs, *inside))
     end = max(order[node] for node in site.out_nodes)
     read = frozenset().union(*(found.roots[node] for node in (*site.inputs, *site.interior)))
     for writer, memory in found.writes:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -189,7 +190,7 @@ class _Editor:
         """Add a call right after its latest input, with its fake value."""
         inputs = [arg for arg in _flat(args) if isinstance(arg, fx.Node)]
         with self._after(inputs):
-            node: fx.Node = self.graph.call_function(target, args, kwargs or {})
+            node = self.graph.call_function(target, args, kwargs or {})
         self.new.append(node)
         fakes = [facts.value(arg) if isinstance(arg, fx.Node) else arg for arg in args]
         with fake_mode_of([v for v in fakes if isinstance(v, torch.Tensor)]):
@@ -197,15 +198,18 @@ class _Editor:
         facts.set_value(node, value, like)
         return node
 
-    def _after(self, inputs: list[fx.Node]) -> Any:
+    def _after(self, inputs: list[fx.Node]) -> AbstractContextManager[None]:
         latest = max(inputs) if inputs else None
         if latest is None or latest.op == "placeholder":
-            return self.graph.inserting_before(self._first_body())
-        return self.graph.inserting_after(latest)
+            place = self.graph.inserting_before(self._first_body())
+        else:
+            place = self.graph.inserting_after(latest)
+        return cast("AbstractContextManager[None]", place)
 
     def _first_body(self) -> fx.Node:
         """The node to insert before so that placeholders stay in front."""
-        return next(node for node in self.graph.nodes if node.op != "placeholder")
+        found: fx.Node = next(node for node in self.graph.nodes if node.op != "placeholder")
+        return found
 
     def undo(self, count: int) -> None:
         """Take back every added node but the first `count`."""

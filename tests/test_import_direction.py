@@ -16,14 +16,14 @@ HERE = f"{Path(__file__).name}: MODULES"
 MODULES = """
     errors dtypes options spec
     torch_private facts
-    terms spellings formula
+    terms calls spellings composites lifting formula
     patterns.finish patterns.l2_norm patterns.rms_norm patterns
-    meaning residual uses sites mutation diagnose matching
+    meaning elements residual uses sites mutation diagnose matching
     kernels.contract kernels.reference
     kernels.cpu_source kernels.cpu_build kernels.cpu_call kernels.cpu
     kernels.registry kernels
     select layout plan ops
-    verify rewrite sampling report
+    verify rewrite sampling report tables remembered
     pipeline capture backend
     fxpass
 """.split()
