@@ -81,7 +81,45 @@ SMALL_ROPE = {"rope_axes_dim": (16, 16)}
 CLASSES: dict[str, Recipe] = {
     "FluxTransformer2DModel": Recipe("tokens", {"in_channels": 16}),
     "WanTransformer3DModel": Recipe("video"),
-    "AllegroTransformer3DModel": Recipe("video", {"in_channels": 4}),
+    "AceStepTransformer1DModel": Recipe(
+        "tokens",
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "in_channels": 48,
+            "audio_acoustic_hidden_dim": 16,
+            "encoder_hidden_size": TEXT,
+        },
+        lambda make: {
+            "hidden_states": make.randn(IMAGE_TOKENS, 16),
+            "context_latents": make.randn(IMAGE_TOKENS, 32),
+            "timestep_r": torch.full((make.batch,), 500.0).to(make.dtype),
+        },
+    ),
+    "AnyFlowTransformer3DModel": Recipe(
+        "video",
+        {},
+        # frames come before channels
+        lambda make: {
+            "hidden_states": make.randn(2, 16, 8, 8),
+            "r_timestep": torch.full((make.batch, 2), 400.0).to(make.dtype),
+            "timestep": torch.full((make.batch, 2), 500.0).to(make.dtype),
+        },
+    ),
+    "HeliosTransformer3DModel": Recipe("video", {"rope_dim": (8, 12, 12)}),
+    "PRXTransformer2DModel": Recipe(
+        "image",
+        {
+            "context_in_dim": TEXT,
+            "hidden_size": 128,
+            "num_heads": 4,
+            "depth": 2,
+            "axes_dim": [16, 16],
+        },
+    ),
     "AuraFlowTransformer2DModel": Recipe(
         "image", {"num_mmdit_layers": 1, "num_single_dit_layers": 1, "caption_projection_dim": 128}
     ),
@@ -98,12 +136,20 @@ CLASSES: dict[str, Recipe] = {
     ),
     "ChronoEditTransformer3DModel": Recipe("video"),
     "CogView4Transformer2DModel": Recipe("image", {"rope_axes_dim": (16, 16)}),
-    "CosmosTransformer3DModel": Recipe(
-        "video",
-        {"max_size": (4, 16, 16), "encoder_hidden_states_channels": TEXT},
-        lambda make: {"padding_mask": torch.zeros(1, 1, 8, 8, dtype=make.dtype), "fps": 24},
+    "ErnieImageTransformer2DModel": Recipe(
+        "image",
+        {
+            "hidden_size": 128,
+            "ffn_hidden_size": 256,
+            "in_channels": 16,
+            "out_channels": 16,
+            "text_in_dim": TEXT,
+        },
+        lambda make: {
+            "text_bth": make.randn(TEXT_TOKENS, TEXT),
+            "text_lens": torch.full((make.batch,), TEXT_TOKENS),
+        },
     ),
-    "ErnieImageTransformer2DModel": Recipe("image"),
     "Flux2Transformer2DModel": Recipe(
         "tokens", {"in_channels": 16, "axes_dims_rope": (8, 8, 8, 8)}, axes=4
     ),
@@ -117,11 +163,9 @@ CLASSES: dict[str, Recipe] = {
         "image",
         {"hidden_size": 128, "num_kv_heads": 2, "axes_dim_rope": (8, 12, 12), "cap_feat_dim": TEXT},
     ),
-    "LuminaNextDiT2DModel": Recipe("image", {"hidden_size": 128, "num_kv_heads": 2}),
     "LongCatImageTransformer2DModel": Recipe("tokens", {"in_channels": 16}),
     "MochiTransformer3DModel": Recipe("video"),
     "NucleusMoEImageTransformer2DModel": Recipe("tokens", {"in_channels": 16}),
-    "OmniGenTransformer2DModel": Recipe("image", {"hidden_size": 128}),
     "OvisImageTransformer2DModel": Recipe("tokens", {"in_channels": 16}),
     "QwenImageTransformer2DModel": Recipe("tokens", {"in_channels": 16, "out_channels": 4}),
     "SD3Transformer2DModel": Recipe(
@@ -137,7 +181,6 @@ CLASSES: dict[str, Recipe] = {
         },
     ),
     "SkyReelsV2Transformer3DModel": Recipe("video"),
-    "StableAudioDiTModel": Recipe("tokens"),
     "WanVACETransformer3DModel": Recipe(
         "video",
         {"vace_layers": [0]},

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from zoo.shrink import VOCAB, Size, shrink
-from zoo.special import INPUTS
+from zoo.special import FLOAT32, INPUTS
 
 
 @dataclass
@@ -42,6 +42,7 @@ def build(
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     torch.manual_seed(seed)
+    dtype = torch.float32 if model_type in FLOAT32 else dtype
     config = shrink(CONFIG_MAPPING[model_type](), size)
     model = AutoModel.from_config(config, dtype=dtype)
     spread_norm_weights(model, seed)
