@@ -6,6 +6,7 @@ every norm weight is moved away from its initial value, so that rounding orders 
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -38,15 +39,34 @@ def build(
     seed: int = 0,
 ) -> Built:
     """The base model (`AutoModel`) of a type, with inputs."""
-    from transformers import AutoModel
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     torch.manual_seed(seed)
     dtype = torch.float32 if model_type in FLOAT32 else dtype
     config = shrink(CONFIG_MAPPING[model_type](), size)
-    model = AutoModel.from_config(config, dtype=dtype)
+    model = _model_class(config)._from_config(config, dtype=dtype)
     spread_norm_weights(model, seed)
     return Built(model.eval(), make_inputs(model, model_type, batch, tokens, dtype, seed))
+
+
+def _model_class(config: Any) -> Any:
+    """The base model of a configuration, also where `AutoModel` does not know the type."""
+    from transformers import PreTrainedModel
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    if type(config) in MODEL_MAPPING:
+        found = MODEL_MAPPING[type(config)]
+        return found[0] if isinstance(found, (list, tuple)) else found
+    name = type(config).__module__.replace("configuration_", "modeling_")
+    classes = vars(importlib.import_module(name)).values()
+    return next(
+        found
+        for found in classes
+        if isinstance(found, type)
+        and issubclass(found, PreTrainedModel)
+        and found.config_class is type(config)
+        and not found.__name__.endswith("PreTrainedModel")
+    )
 
 
 def spread_norm_weights(model: torch.nn.Module, seed: int = 0) -> None:
