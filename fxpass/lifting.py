@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxpass import composites, facts, spellings
+from fxpass import composites, facts, mutation, spellings
 from fxpass.calls import TABLE, Call
 from fxpass.terms import Term, TermTable
 
@@ -15,9 +15,14 @@ TABLES = (spellings, composites)
 def lift(graph: fx.Graph) -> TermTable:
     """The terms of all nodes of a graph, in one pass."""
     table = TermTable()
+    writers = {writer for writer, _ in mutation.effects(graph).writes}
+    table.writes = bool(writers)
     for node in graph.nodes:
-        if node.op != "output":
-            table.bind(node, _term(table, node))
+        if node.op == "output":
+            continue
+        table.bind(node, _term(table, node))
+        if node in writers:
+            table.written()
     return table
 
 

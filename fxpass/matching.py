@@ -121,7 +121,7 @@ class _Search:
         for candidate in self._finishes(core_term, binds):
             if taken.intersection(candidate.anchor.nodes) or (sites and core_term.nodes):
                 continue
-            for residual in residuals(core.x, self._taken_sums):
+            for residual in residuals(core.x, core.dims, self._taken_sums):
                 try:
                     site = self._build(family, core, candidate, residual)
                 except Declined as declined:

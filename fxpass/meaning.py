@@ -103,8 +103,9 @@ class _RowReader:
     def _binary(self, term: Term, dtype: torch.dtype) -> list[Step]:
         value, other = self._split(term)
         before = self.steps(value)
-        if other is self.binds.get("eps") or exact(other) is self.binds.get("eps"):
-            return [*before, Step("add_eps" if term.op == "add" else "clamp_eps", dtype)]
+        step = {"add": "add_eps", "clamp_min": "clamp_eps"}.get(term.op)
+        if step is not None and self.binds.get("eps") in (other, exact(other)):
+            return [*before, Step(step, dtype)]
         return [*before, self._constant(term, other, dtype)]
 
     def _split(self, term: Term) -> tuple[Term, Term]:

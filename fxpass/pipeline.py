@@ -48,7 +48,7 @@ def _guarded(graph: fx.Graph, options: Options, change: bool) -> Report:
 
 def _steps(graph: fx.Graph, options: Options, change: bool) -> Report:
     found = matching.find(graph)
-    decisions: Decisions = decide(found, options)
+    decisions: Decisions = decide(found, options, build=change or options.verify)
     if options.verify:
         from fxpass import sampling
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fxpass.layout import LayoutError, LayoutNode, LayoutPlan
 from fxpass.layout import plan as plan_layout
 from fxpass.options import Options
-from fxpass.select import Choice, choose
+from fxpass.select import Choice, choose, prepare
 from fxpass.sites import Decline, Found, Site
 
 
@@ -34,15 +34,17 @@ class Decisions:
     declined: tuple[Decline, ...]
 
 
-def decide(found: Found, options: Options) -> Decisions:
-    """Pick a kernel and a layout for every site."""
+def decide(found: Found, options: Options, build: bool = True) -> Decisions:
+    """Pick a kernel and a layout for every site; `build` makes the kernels ready to launch."""
+    if build:
+        prepare(found.sites, options)
     plans: list[Plan] = []
     declined = list(found.declined)
     for site in found.sites:
         if options.fuel is not None and len(plans) >= options.fuel:
             declined.append(decline(site, f"out of fuel ({options.fuel})"))
             continue
-        made = _plan(site, options)
+        made = _plan(site, options, build)
         if isinstance(made, Plan):
             plans.append(made)
         else:
@@ -50,8 +52,8 @@ def decide(found: Found, options: Options) -> Decisions:
     return Decisions(tuple(plans), tuple(declined))
 
 
-def _plan(site: Site, options: Options) -> Plan | str:
-    choice = choose(site, options)
+def _plan(site: Site, options: Options, build: bool) -> Plan | str:
+    choice = choose(site, options, build)
     if choice.kernel is None:
         return "no kernel fits: " + "; ".join(choice.refusals)
     try:

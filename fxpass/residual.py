@@ -22,20 +22,20 @@ class Residual:
     """The add and the views between it and the norm."""
 
 
-def residuals(x: Term, taken: set[Term]) -> Iterator[Residual | None]:
-    """The residual reading of x, if there is one, then the plain one (None).
+def residuals(x: Term, dims: int, taken: set[Term]) -> Iterator[Residual | None]:
+    """The residual reading of x (normalised over its last `dims`), if there is one, then the plain one (None).
 
     An add that another norm has taken over is not taken twice: that norm returns the sum.
     """
-    found = _residual(x)
+    found = _residual(x, dims)
     if found is not None and found.total not in taken:
         yield found
     yield None
 
 
-def _residual(x: Term) -> Residual | None:
+def _residual(x: Term, dims: int) -> Residual | None:
     total, inside = x, {x}
-    while total.op == "view" and _keeps_last_dim(total):
+    while total.op == "view" and _keeps_last_dims(total, dims):
         total = total.args[0]
         inside.add(total)
     if total.op != "add" or total.dtype not in KNOWN_DTYPES or not total.nodes:
@@ -53,9 +53,11 @@ def _residual(x: Term) -> Residual | None:
     return Residual(a, b, total, frozenset(between))
 
 
-def _keeps_last_dim(view: Term) -> bool:
-    before, after = view.args[0].shape, view.shape
-    return bool(before and after) and facts.same((before or (0,))[-1], (after or (1,))[-1])
+def _keeps_last_dims(view: Term, dims: int) -> bool:
+    before, after = tuple(view.args[0].shape or ()), tuple(view.shape or ())
+    if min(len(before), len(after)) < dims:
+        return False
+    return facts.same_shape(before[len(before) - dims :], after[len(after) - dims :])
 
 
 def _addend(term: Term, total: Term) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,20 +29,40 @@ class Choice:
     """What the rewrite does to the numbers."""
 
 
-def choose(site: Site, options: Options) -> Choice:
-    """The first kernel, in order of preference, whose contract the site keeps."""
+def choose(site: Site, options: Options, build: bool) -> Choice:
+    """The first kernel, in order of preference, whose contract the site keeps.
+
+    With `build` the kernel is made ready to launch; without, it is only asked whether it could be.
+    """
     spec, label = _with_rounding(site.spec, options.rounding)
     platform = platform_of(site)
     hidden = facts.static(site.hidden)
     refusals: list[str] = []
     for kernel in candidates(options, platform):
-        reason = kernel.contract.refusal(spec, platform, hidden) or kernel.prepare(spec, hidden)
+        reason = kernel.contract.refusal(spec, platform, hidden)
+        if reason is None:
+            reason = kernel.prepare(spec, hidden) if build else kernel.unavailable()
         if reason is None:
             return Choice(kernel, spec, tuple(refusals), label)
         refusals.append(f"refused {kernel.name}: {reason}")
     if not refusals:
         refusals.append(f"no kernel for platform {platform}; name one in options.providers")
     return Choice(None, spec, tuple(refusals), label)
+
+
+def prepare(sites: Iterable[Site], options: Options) -> None:
+    """Build the kernels of several sites side by side, where a kernel offers that."""
+    wanted: dict[Kernel, dict[NormSpec, None]] = {}
+    for site in sites:
+        spec, _ = _with_rounding(site.spec, options.rounding)
+        platform, hidden = platform_of(site), facts.static(site.hidden)
+        for kernel in candidates(options, platform):
+            if kernel.contract.refusal(spec, platform, hidden) is None:
+                wanted.setdefault(kernel, {})[spec] = None
+                break
+    for kernel, specs in wanted.items():
+        if kernel.prepare_all is not None and len(specs) > 1:
+            kernel.prepare_all(specs)
 
 
 def candidates(options: Options, platform: str) -> list[Kernel]:

@@ -51,6 +51,9 @@ class TermTable:
     """Interns terms and remembers which term each node computes."""
 
     def __init__(self) -> None:
+        self.writes = False
+        """True if the graph writes in place: a copy is then a value of its own."""
+        self._epoch = 0
         self._interned: dict[tuple[Any, ...], Term] = {}
         self._of_node: dict[fx.Node, Term] = {}
 
@@ -63,9 +66,8 @@ class TermTable:
         shape: tuple[Any, ...] | None = None,
     ) -> Term:
         """The term of this operation, made once."""
-        key: tuple[Any, ...] = (op, tuple(map(id, args)), params, dtype)
-        if op in ("view", "expand"):
-            key += (tuple(map(str, shape or ())),)
+        sizes = tuple(map(str, shape or ()))
+        key = (op, tuple(map(id, args)), params, dtype, sizes, 0 if op == "const" else self._epoch)
         term = self._interned.get(key)
         if term is None:
             term = self._interned[key] = Term(op, args, params, dtype, shape)
@@ -80,6 +82,10 @@ class TermTable:
         found = facts.of(node)
         dtype, shape = (found.dtype, found.shape) if found else (None, None)
         return self.make("leaf", params=(node.name,), dtype=dtype, shape=shape)
+
+    def written(self) -> None:
+        """Memory was written: the same operation may give another value from here on."""
+        self._epoch += 1
 
     def bind(self, node: fx.Node, term: Term) -> None:
         """Record that `node` computes `term`."""

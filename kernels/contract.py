@@ -6,7 +6,7 @@ table. Numerical fields have no defaults: an author must answer them. A claim is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -153,6 +153,10 @@ class Kernel:
     launch: Launch
     prepare: Callable[[NormSpec, int | None], str | None] = lambda spec, hidden: None
     """Builds what a launch needs. Returns None, or why it cannot (the kernel is then refused)."""
+    unavailable: Callable[[], str | None] = lambda: None
+    """Why the kernel cannot run on this machine, found out without building anything."""
+    prepare_all: Callable[[Iterable[NormSpec]], None] | None = None
+    """Optional: prepares several specs at once, side by side; failures show in `prepare`."""
     bound: Callable[[NormSpec], Callable[..., object]] | None = None
     """Optional: a faster callable (x, residual, weight, bias, eps) for one spec, which returns a
     tensor for one output and else a tuple."""
@@ -163,7 +167,6 @@ class Kernel:
     def provider(self) -> str:
         """The part of the name before the dot."""
         return self.name.partition(".")[0]
-
 
     def entry(self, spec: NormSpec) -> Callable[..., object]:
         """(x, residual, weight, bias, eps) -> a tensor, or a tuple if the spec has more outputs."""

@@ -112,4 +112,13 @@ def _load(spec: NormSpec) -> Any:
     return cpu_build.load_library("row", cpu_source.source(spec)).fxpass_run
 
 
-KERNEL = Kernel("cpu.row", CONTRACT, launch, prepare, entry)
+def unavailable() -> str | None:
+    """None, or why no kernel can be built here."""
+    try:
+        cpu_build.compiler()
+    except cpu_build.BuildError as error:
+        return str(error)
+    return None
+
+
+KERNEL = Kernel("cpu.row", CONTRACT, launch, prepare, unavailable, prepare_all, bound=entry)

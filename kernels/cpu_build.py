@@ -28,6 +28,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
+from fxpass.options import cache_dir_override
+
 T = TypeVar("T")
 
 _FLAGS = "-std=c++17 -O3 -fPIC -shared -fvisibility=hidden -w".split()
@@ -96,8 +98,9 @@ def set_cache_dir(path: str | os.PathLike[str] | None) -> None:
 
 def cache_dir() -> Path:
     """Where built kernels are kept. The directory need not exist, or be writable."""
-    if _override is not None:
-        return _override
+    chosen = _override or cache_dir_override()
+    if chosen is not None:
+        return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "fxpass"
 
@@ -114,9 +117,14 @@ def build(name: str, source: str, *, python: bool = False) -> Path:
 
     `python` gives the source Python.h instead of OpenMP.
     """
-    found = _compilers.get("", _find_compiler)
+    found = compiler()
     key = _key(found, source, python)
     return _paths.get(key, lambda: _built(found, f"{name}-{key[:32]}", source, python))
+
+
+def compiler() -> Compiler:
+    """The C++ compiler that is used, found once. Raises BuildError if there is none."""
+    return _compilers.get("", _find_compiler)
 
 
 def load_library(name: str, source: str) -> ctypes.CDLL:
@@ -135,7 +143,7 @@ def _loaded(name: str, source: str, python: bool, load: Callable[[Path], T]) -> 
     except (OSError, ImportError) as error:
         first = error
     # A cache on a file system mounted noexec, or a file damaged since it was checked.
-    found = _compilers.get("", _find_compiler)
+    found = compiler()
     try:
         path = _private_dir() / f"{name}-{_key(found, source, python)[:32]}.so"
         _compile(found, source, path, python)
