@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import pathlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxpass import ops, pipeline, remembered, torch_private
+from fxpass import facts, ops, pipeline, remembered, torch_private
 from fxpass.errors import OptionsError
 from fxpass.kernels import kernels
+from fxpass.modules import open_norms
 from fxpass.options import Options, names, unknown_name
 from fxpass.report import Report
 from fxpass.select import check_providers
+from fxpass.sites import Decline
 
 _HOOK = "post_grad_custom_pre_pass"
 
@@ -265,18 +266,15 @@ def rewrite(
     """
     chosen = Options.make(options, **changes)
     check_providers(chosen)
+    open_norms(graph_module)
     if example_inputs:
-        with _quiet():
-            torch_private.propagate_fakes(graph_module, example_inputs)
+        torch_private.propagate_fakes(graph_module, example_inputs)
     found = pipeline.run(graph_module.graph, chosen)
+    if not facts.has_any(graph_module.graph):
+        reason = "the graph carries no shapes; pass example inputs: fxpass.rewrite(gm, *inputs)"
+        found.declined.append(Decline("graph", reason))
     if found.rewritten:
         graph_module.recompile()
     _ledger.add(found)
     _check_expected(chosen, found)
     return found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with torch.no_grad():
-        yield

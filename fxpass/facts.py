@@ -64,6 +64,11 @@ def of(node: fx.Node) -> TensorFacts | None:
     return None
 
 
+def has_any(graph: fx.Graph) -> bool:
+    """Whether the graph says anything about its tensors."""
+    return any(of(node) is not None for node in graph.nodes)
+
+
 def same(a: Size, b: Size) -> bool:
     """True if two sizes are known to be equal, without adding a guard."""
     if isinstance(a, int) and isinstance(b, int):

@@ -1,0 +1,42 @@
+"""`nn.RMSNorm` modules of a plain FX graph, opened so that the matcher can see into them.
+
+`torch.fx.symbolic_trace` keeps torch.nn modules whole; Dynamo and torch.export do not.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+
+def open_norms(graph_module: fx.GraphModule) -> int:
+    """Replace each call of an nn.RMSNorm by F.rms_norm on its weight. Returns how many.
+
+    The same operator runs either way, so an opened graph computes the same bits.
+    """
+    modules = dict(graph_module.named_modules())
+    opened = 0
+    for node in list(graph_module.graph.nodes):
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if type(module) is not torch.nn.RMSNorm or len(node.args) != 1 or _has_hooks(module):
+            continue
+        _open(graph_module.graph, node, module)
+        opened += 1
+    if opened:
+        graph_module.recompile()
+    return opened
+
+
+def _open(graph: fx.Graph, node: fx.Node, module: torch.nn.RMSNorm) -> None:
+    with graph.inserting_before(node):
+        weight = None if module.weight is None else graph.get_attr(f"{node.target}.weight")
+        args = (node.args[0], tuple(module.normalized_shape), weight, module.eps)
+        call = graph.call_function(F.rms_norm, args)
+    call.meta.update(node.meta)
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
