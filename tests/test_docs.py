@@ -21,8 +21,8 @@ def _blocks(document: str, language: str) -> list[str]:
 
 
 def _table(marker: str) -> Callable[[], str]:
-    report = importlib.import_module("fxpass.report")
-    table: Callable[[], str] = getattr(report, f"{marker}_table")
+    tables = importlib.import_module("fxpass.tables")
+    table: Callable[[], str] = getattr(tables, f"{marker}_table")
     return table
 
 
