@@ -177,21 +177,23 @@ def probe(name: str, library: str, compile_it: bool = False) -> dict[str, Any]:
             return {"status": "no-norm", **result, "unseen": dict(count.silent)}
         stage = "compile-failed"
         report = _report(built, compile_it)
-        expected = _expected(built, count.executed, len(report.rewritten))
-        result.update(_outcome(report, expected))
+        result.update(_expected(built, count.executed, len(report.rewritten)))
+        result.update(_outcome(report, result["expected"]))
     except Exception as error:
         return {"status": stage, **result, "error": _error(error)}
     return {"status": "ok", **result}
 
 
-def _expected(built: hf.Built, executed: int, rewritten: int) -> int:
+def _expected(built: hf.Built, executed: int, rewritten: int) -> dict[str, int]:
     """Norms that a graph pass can see: all executed ones, unless the model has graph breaks.
 
-    The graphs are only captured and counted when that can make a difference.
+    Then layers may share a graph (`in_graphs` counts its norms as often as it ran) and some norms
+    run outside any graph. Graphs are only captured and counted when that can make a difference.
     """
     if rewritten == executed:
-        return executed
-    return count_graph_norms(built.model, **built.inputs).sites
+        return {"expected": executed}
+    found = count_graph_norms(built.model, **built.inputs)
+    return {"expected": found.sites, "in_graphs": found.executed, "graphs": found.graphs}
 
 
 def _report(built: hf.Built, compile_it: bool) -> fxpass.Report:
@@ -206,7 +208,6 @@ def _report(built: hf.Built, compile_it: bool) -> fxpass.Report:
 def _outcome(report: fxpass.Report, expected: int) -> dict[str, Any]:
     declined = Counter(f"{_place(miss.location)}: {miss.reason}" for miss in report.declined)
     return {
-        "expected": expected,
         "rewritten": len(report.rewritten),
         "missed": max(0, expected - len(report.rewritten)),
         "variants": dict(Counter(site.variant for site in report.rewritten)),
