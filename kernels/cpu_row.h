@@ -9,9 +9,11 @@ typedef __UINT16_TYPE__ u16;
 typedef __UINT32_TYPE__ u32;
 
 struct bf16 {
+  enum { mantissa = 8 };
   u16 bits;
 };
 struct f16 {
+  enum { mantissa = 11 };
   u16 bits;
 };
 typedef float f32;
@@ -39,7 +41,9 @@ static inline float widen(f16 v) {
   u32 sign = ((u32)v.bits & 0x8000u) << 16;
   float normal = float_of((twice >> 4) + (0xE0u << 23)) * 0x1p-112f;
   float tiny = float_of((twice >> 17) | (126u << 23)) - 0.5f;  // subnormal f16
-  return float_of(sign | bits_of(twice < (1u << 27) ? tiny : normal));
+  // A mask, not ?: of the floats, which becomes a branch that keeps the loop scalar (4x slower).
+  u32 is_tiny = 0u - (u32)(twice < (1u << 27));
+  return float_of(sign | (bits_of(tiny) & is_tiny) | (bits_of(normal) & ~is_tiny));
 }
 
 // ---- Stores: one rounding, to nearest even; a NaN stays a NaN ----------------------------------
@@ -118,13 +122,14 @@ static inline float tree(const float* lane) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-template <class Square>
-static inline float sum_of_squares(fx_i64 hidden, Square square) {
+// `groups(i, end, lane)` may add groups of 64 in its own way; it returns where it stopped.
+template <class Groups, class Square>
+static inline float sum_of_squares(fx_i64 hidden, Groups groups, Square square) {
   float total[LANES] = {};
   for (fx_i64 start = 0;; start += BLOCK) {
     fx_i64 end = start + BLOCK < hidden ? start + BLOCK : hidden;
     float lane[LANES] = {};
-    fx_i64 i = start;
+    fx_i64 i = groups(start, end, lane);
     for (; i + LANES <= end; i += LANES)
       for (int j = 0; j < LANES; ++j) lane[j] += square(i + j);
     for (int j = 0; j < (int)(end - i); ++j) lane[j] += square(i + j);
@@ -156,19 +161,28 @@ static inline float row_value(const FxArgs& a, fx_i64 r) {
   typedef typename S::Sum Sum;
   const fx_i64 hidden = a.hidden;
   const typename S::X* __restrict x = (const typename S::X*)a.x + offset_of(a, a.x_stride, r);
-  float squares;
+  const typename S::Residual* __restrict residual = nullptr;
+  Sum* __restrict sum = nullptr;
   if constexpr (S::has_residual) {
-    const typename S::Residual* __restrict residual =
-        (const typename S::Residual*)a.residual + offset_of(a, a.residual_stride, r);
-    Sum* __restrict sum = (Sum*)a.sum + r * hidden;
-    squares = sum_of_squares(hidden, [=](fx_i64 i) {
+    residual = (const typename S::Residual*)a.residual + offset_of(a, a.residual_stride, r);
+    sum = (Sum*)a.sum + r * hidden;
+  }
+  auto groups = [=](fx_i64 i, fx_i64 end, float* lane) {
+#ifdef F16_WIDE
+    return add_squares16<S>(x, residual, sum, i, end, lane);
+#else
+    return i;
+#endif
+  };
+  const float squares = sum_of_squares(hidden, groups, [=](fx_i64 i) {
+    if constexpr (S::has_residual) {
       Sum total = narrow<Sum>(widen(x[i]) + widen(residual[i]));
       if constexpr (S::writes_sum) sum[i] = total;
       return S::square(widen(total));
-    });
-  } else {
-    squares = sum_of_squares(hidden, [=](fx_i64 i) { return S::square(widen(x[i])); });
-  }
+    } else {
+      return S::square(widen(x[i]));
+    }
+  });
   const float value = S::row(squares, (float)hidden, (float)(1.0 / (double)hidden), (float)a.eps);
   if constexpr (S::writes_row) {
     ((typename S::RowValue*)a.row)[r] = narrow<typename S::RowValue>(value);
@@ -224,6 +238,9 @@ static inline void write_row(const FxArgs& a, fx_i64 r, float scale) {
     done = hidden & ~(fx_i64)1;
     write_pairs<S>(normed, weight, bias, out, done / 2, scale);
   }
+#ifdef F16_WIDE
+  done = write16<S>(x, residual, (Sum*)sum, weight, bias, out, hidden, scale);
+#endif
   for (fx_i64 i = done; i < hidden; ++i) {
     float value;
     if constexpr (!S::has_residual) {

@@ -59,13 +59,13 @@ def source(spec: NormSpec) -> str:
             f"// {spec}",
             header("cpu_args.h"),
             "#define QUIET" if quiet else "",
-            header("cpu_row.h"),
+            *row_header(_has_f16(spec)),
             "struct Spec {",
             *_indented(_types(spec)),
-            *_function("square(float v)", _square(spec)),
+            *_function("square(V v)", _square(spec), "V"),
             *_function("row(float v, float n, float inverse_n, float eps)", _row(spec)),
-            *_function("factor(float v)", _factor(spec)),
-            *_function("element(float v, float row, float factor, float shift)", _element(spec)),
+            *_function("factor(V v)", _factor(spec), "V"),
+            *_function("element(V v, float row, V factor, V shift)", _element(spec), "V"),
             "};",
             'extern "C" __attribute__((visibility("default"))) void fxpass_run(const FxArgs* a) {',
             "  run_rows<Spec>(*a);",
@@ -73,6 +73,12 @@ def source(spec: NormSpec) -> str:
             "",
         ]
     )
+
+
+def row_header(wide: bool) -> list[str]:
+    """The row kernel's text; `wide` puts the sixteen-element loops before those that use them."""
+    before, mark, after = header("cpu_row.h").partition("// ---- One row")
+    return [before, header("cpu_wide.h") if wide else "", mark + after]
 
 
 @cache
@@ -117,12 +123,16 @@ def _types(spec: NormSpec) -> list[str]:
         "writes_row": "row" in spec.outputs,
         "has_weight": spec.weight is not None,
         "has_bias": spec.bias is not None,
-        "pairs": _second_pass_is_bf16(spec),
+        "pairs": _second_pass_is_bf16(spec) and not _has_f16(spec),
     }
     return [
         f"typedef {'none' if dtype is None else C_TYPES[dtype]} {name};"
         for name, dtype in types.items()
     ] + [f"static constexpr bool {name} = {str(value).lower()};" for name, value in flags.items()]
+
+
+def _has_f16(spec: NormSpec) -> bool:
+    return any(dtype == torch.float16 for _, dtype in _dtypes(spec))
 
 
 def _second_pass_is_bf16(spec: NormSpec) -> bool:
@@ -227,8 +237,10 @@ def _literal(value: float) -> str:
     return f"({single.hex()}f)"
 
 
-def _function(signature: str, body: list[str]) -> list[str]:
-    head = f"static inline float {signature} {{"
+def _function(signature: str, body: list[str], value: str = "float") -> list[str]:
+    """A static function of the struct; for `V` a template over float and sixteen floats."""
+    template = "template <class V> " if value == "V" else ""
+    head = f"{template}static inline {value} {signature} {{"
     return _indented([head, *_indented(body), "  return v;", "}"])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import SPECS, inputs
 
 from fxpass.kernels import cpu, cpu_build, cpu_call, cpu_source
 from fxpass.spec import NormSpec
@@ -161,8 +162,11 @@ def test_compiler_error_is_quoted(monkeypatch, tmp_path):
     assert f"{broken} failed: kernel.cpp:1: fatal error: no space left; needs" in reason
 
 
-def test_refused_flags_are_left_out(monkeypatch, tmp_path):
-    wanted = result()
+@pytest.mark.parametrize("name", ["llama_f16", "mixed_16bit", "llama", "x_over_sqrt"])
+def test_refused_flags_are_left_out(monkeypatch, tmp_path, name):
+    spec = NormSpec.parse(SPECS[name])
+    given = inputs(spec, 5, 1000)
+    wanted = given.run(cpu.KERNEL, spec)["out"]
     picky = script(
         tmp_path / "picky-c++",
         'case "$*" in *-march=native*|*-mcpu=native*|*-fopenmp*) echo "error: flag" >&2; exit 1;;'
@@ -170,8 +174,9 @@ def test_refused_flags_are_left_out(monkeypatch, tmp_path):
     )
     monkeypatch.setenv("CXX", str(picky))
     monkeypatch.setattr(cpu, "_entries", cpu_build.Once())
+    monkeypatch.setattr(cpu, "_by_identity", {})
     cpu_build.reset()
-    assert torch.equal(result(), wanted)  # narrower registers, same bits
+    assert torch.equal(given.run(cpu.KERNEL, spec)["out"], wanted)  # narrower registers, same bits
     assert cpu_build._working_flags == [[]]
 
 

@@ -140,9 +140,10 @@ def test_zero_rows(kernel, spec, eps):
 
 
 @pytest.mark.parametrize("kernel", TESTED, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("hidden", [1, 64])  # one by one, and sixteen at a time
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_casts_round_like_torch(kernel, dtype):
-    """Every 16-bit value in, and every halfway case out: hidden 1 with 1/rms a power of two."""
+def test_sixteen_bit_casts_round_like_torch(kernel, dtype, hidden):
+    """Every 16-bit value and what lies between two: just above, the tie, and around the tie."""
     name = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
     narrow = NormSpec.parse(
         f"x=f32 row=sum:f32,mul_const(0.0):f32,add_eps:f32 element=mul_row:f32,cast:{name}"
@@ -153,15 +154,17 @@ def test_sixteen_bit_casts_round_like_torch(kernel, dtype):
     step = 2 ** (MANTISSA[torch.float32] - MANTISSA[dtype])
     near = [(bits + delta).view(torch.float32) for delta in (0, 1, step // 2 - 1, step // 2)]
     near += [(bits + delta).view(torch.float32) for delta in (step // 2 + 1, step - 1)]
-    x = torch.cat(near).reshape(-1, 1)
+    x = torch.cat(near)
+    x = x[: len(x) // hidden * hidden].reshape(-1, hidden)
     found = Inputs(x, None, None, None, eps=1.0).run(kernel, narrow)["out"]
     assert same_bits(found, x.to(dtype))
 
 
 @pytest.mark.parametrize("kernel", TESTED, ids=lambda kernel: kernel.name)
-def test_every_f16_value_is_read(kernel):
+@pytest.mark.parametrize("hidden", [1, 64])
+def test_every_f16_value_is_read(kernel, hidden):
     spec = NormSpec.parse("x=f16 row=sum:f32,mul_const(0.0):f32,add_eps:f32 element=mul_row:f32")
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).reshape(-1, 1)
-    x = x[x.isfinite()].reshape(-1, 1)
+    x = x[x.isfinite()].reshape(-1, hidden)
     found = Inputs(x, None, None, None, eps=1.0).run(kernel, spec)["out"]
     assert same_bits(found, x.float())
