@@ -80,6 +80,14 @@ def _rms_norm(call: Call) -> Term | None:
 
 
 @spelled(operator.getitem)
+def _getitem(call: Call) -> Term | None:
+    """`y[..., None]`, or an output of `aten._fused_rms_norm`."""
+    if call.node.args[1] == (Ellipsis, None):
+        source = call.term(0)
+        return None if source is None else call.make("view", source)
+    return _fused_rms_norm_output(call)
+
+
 def _fused_rms_norm_output(call: Call) -> Term | None:
     """The two outputs of `aten._fused_rms_norm`: y and rstd."""
     source, index = call.node.args

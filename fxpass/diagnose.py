@@ -150,12 +150,20 @@ def _outside_reason(root: Term, applied: Term) -> str | None:
     for operand in applied.args:
         term = bare(operand)
         for _ in range(4):
-            if term.op == "add" and any(bare(arg) is root for arg in term.args):
+            if term.op == "add" and any(_unscaled(arg) is root for arg in term.args):
                 return "eps is added outside the root; it must be added to the mean"
             if not term.args:
                 break
             term = bare(term.args[0])
     return None
+
+
+def _unscaled(term: Term) -> Term:
+    """A value per row without its constant factors."""
+    term = bare(term)
+    while term.op in ("mul", "div") and number(term.args[1]) is not None:
+        term = bare(term.args[0])
+    return term
 
 
 def _operand_reason(applied: Term, inner: Term) -> str:

@@ -27,8 +27,19 @@ def lift(graph: fx.Graph) -> TermTable:
 
 
 def _term(table: TermTable, node: fx.Node) -> Term:
+    if node.op == "call_method" and node.target == "item":
+        return _item(table, node)
     builder = TABLE.get(node.target) if node.op in ("call_function", "call_method") else None
     found = facts.of(node)
     if builder is None or found is None or "out" in node.kwargs:
         return table.leaf(node)
     return builder(Call(table, node, found)) or table.leaf(node)
+
+
+def _item(table: TermTable, node: fx.Node) -> Term:
+    """A Python float read off a 0-d tensor, which is how dynamic shapes pass `self.eps`."""
+    source = node.args[0]
+    found = facts.of(source) if isinstance(source, fx.Node) else None
+    if found is None or found.shape != () or not found.dtype.is_floating_point or table.writes:
+        return table.leaf(node)
+    return table.of(source)

@@ -23,8 +23,9 @@ class Residual:
 
 
 def residuals(x: Term, dims: int, taken: set[Term]) -> Iterator[Residual | None]:
-    """The residual reading of x (normalised over its last `dims`), if there is one, then the plain one (None).
+    """The residual reading of x, if there is one, then the plain one (None).
 
+    `dims` trailing dimensions are normalised; a view between add and norm must keep them.
     An add that another norm has taken over is not taken twice: that norm returns the sum.
     """
     found = _residual(x, dims)

@@ -137,7 +137,7 @@ class _Editor:
             kept = len(shape) - step.dims[0]
             target = [*(self._size(node, dim, like) for dim in range(kept)), -1]
         else:
-            target = [self._known_size(size, like) for size in step.shape]
+            target = self._known_sizes(step.shape, like)
         return self._call(aten.reshape.default, (node, target), like)
 
     def _copy(self, node: fx.Node, like: fx.Node) -> fx.Node:
@@ -149,6 +149,13 @@ class _Editor:
         assert found is not None
         size = found.shape[dim]
         return size if isinstance(size, int) else self._sym_size(node, dim, like)
+
+    def _known_sizes(self, shape: tuple[facts.Size, ...], like: fx.Node) -> list[Any]:
+        """The sizes of a reshape; one that no value has (a product, say) is left to reshape."""
+        known = [self._known_size(size, like) for size in shape]
+        if known.count(None) > 1:
+            raise RuntimeError(f"no values of the graph have the sizes {list(shape)}")
+        return [-1 if size is None else size for size in known]
 
     def _known_size(self, size: facts.Size, like: fx.Node) -> Any:
         """A size of the old result: a number, or read off a value that outlives the rewrite."""
@@ -162,7 +169,7 @@ class _Editor:
             for dim, other in enumerate(found.shape if found else ()):
                 if facts.same(size, other):
                     return self._sym_size(node, dim, like)
-        raise RuntimeError(f"no value of the graph has size {size}")
+        return None
 
     def _lasting(self, like: fx.Node) -> Iterator[fx.Node]:
         """The site's inputs, then whatever stands before it and is not taken over."""
@@ -224,6 +231,8 @@ class _Editor:
         for old, new in self._replacements.items():
             old.replace_all_uses_with(new, delete_user_cb=lambda user: not is_passive(user))
         interior = dict.fromkeys(self._interior)
+        for node in list(interior):
+            interior.update(dict.fromkeys(filter(_is_cast, node.all_input_nodes)))
         removed = 0
         for node in sorted(interior, reverse=True):
             for user in [user for user in node.users if is_passive(user)]:
@@ -233,6 +242,11 @@ class _Editor:
                 self.graph.erase_node(node)
                 removed += 1
         return removed
+
+
+def _is_cast(node: fx.Node) -> bool:
+    """Casts that matching looked through: they go with their last reader."""
+    return node.target in ("float", "to", torch.ops.prims.convert_element_type.default)
 
 
 def _flat(args: Iterable[Any]) -> Iterable[Any]:

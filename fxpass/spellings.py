@@ -31,6 +31,8 @@ def _cast(call: Call) -> Term | None:
     source = call.term(0, "a", "self", "input")
     if source is None or not source.nodes:
         return None
+    if source.op == "const":
+        return _rounded(call, source.params[0])
     found = facts.of(source.nodes[0])
     if found is None or found.device != call.result.device:
         return None
@@ -69,8 +71,12 @@ def _filled(call: Call) -> Term | None:
     scalar = call.raw(0) if len(call.node.args) == 1 else call.raw(1, "fill_value")
     if call.result.shape != () or not isinstance(scalar, (int, float)):
         return None
-    rounded = torch.tensor(scalar, dtype=call.result.dtype).item()
-    return call.table.constant(rounded)
+    return _rounded(call, scalar)
+
+
+def _rounded(call: Call, scalar: float) -> Term:
+    """A constant as the result's dtype holds it."""
+    return call.table.constant(torch.tensor(scalar, dtype=call.result.dtype).item())
 
 
 # --- arithmetic ------------------------------------------------------------------------------
@@ -86,6 +92,8 @@ def _mul(call: Call) -> Term | None:
         return None
     if a.op != "const" and exact(a) is exact(b) and a.shape == b.shape == call.result.shape:
         return call.make("square", exact(a))
+    if a.op == "reciprocal" and number(b) == 1.0 and a.dtype == call.result.dtype:
+        return a  # AOTAutograd writes 1 / y as reciprocal(y) * 1
     return call.make("mul", a, b)
 
 

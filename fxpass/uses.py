@@ -60,17 +60,19 @@ class Uses:
                 self._serve(term)
 
     def _serve(self, term: Term) -> None:
-        outside = [user for node in term.nodes for user in node.users if self._reads(user)]
-        if not outside:
+        read = [node for node in term.nodes if any(map(self._reads, node.users))]
+        if not read:
             return
         if term is self._total:
             self.sum_nodes = tuple(term.nodes)
+        elif len(read) < len(term.nodes):
+            self._kept.update(read)  # computed twice in the source: the other one is ours
         elif term is self._row:
             self.row_nodes = tuple(term.nodes)
         elif _cheap(term):
             self._kept.update(term.nodes)
         else:
-            user = outside[0].name
+            user = next(user for user in read[0].users if self._reads(user)).name
             raise Declined(f"{term.op} inside the norm is also read by %{user}", term.nodes[0].name)
 
     def _reads(self, user: fx.Node) -> bool:
