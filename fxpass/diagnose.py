@@ -19,12 +19,9 @@ _ROOTS = ("rsqrt", "sqrt", "pow")
 _PER_ROW = ("add", "mul", "div", "clamp_min", "reciprocal", "cast", "view", "expand", "sub")
 
 
-def near_misses(
-    table: TermTable, sites: Iterable[Site], declined: Iterable[Decline]
-) -> list[Decline]:
-    """One decline per root that no site covers and no earlier decline speaks of."""
+def near_misses(table: TermTable, sites: Iterable[Site], named: set[str]) -> list[Decline]:
+    """One decline per root that no site covers and no earlier decline speaks of (`named`)."""
     covered = {node for site in sites for node in site.interior}
-    named = {decline.node for decline in declined}
     parents = table.parents()
     found: list[Decline] = []
     for root in table.terms():

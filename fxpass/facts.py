@@ -48,6 +48,19 @@ def set_value(node: fx.Node, fake: Any, like: fx.Node) -> None:
             node.meta.setdefault(inherited, like.meta[inherited])
 
 
+def storage(node: fx.Node) -> int | None:
+    """Identity of the fake memory behind a node; nodes that share it are views of one tensor."""
+    found = value(node)
+    if not isinstance(found, torch.Tensor) or found.layout is not torch.strided:
+        return None
+    return int(found.untyped_storage()._cdata)
+
+
+def requires_grad(node: fx.Node) -> bool:
+    """True if autograd follows the node's tensor."""
+    return bool(getattr(value(node), "requires_grad", False))
+
+
 def of(node: fx.Node) -> TensorFacts | None:
     """Facts of a node, or None if it does not compute one strided tensor."""
     found = value(node)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxpass import composites, facts, mutation, spellings
+from fxpass import composites, facts, spellings
 from fxpass.calls import TABLE, Call
 from fxpass.terms import Term, TermTable
 
@@ -12,10 +12,9 @@ TABLES = (spellings, composites)
 """The modules whose import fills the table."""
 
 
-def lift(graph: fx.Graph) -> TermTable:
-    """The terms of all nodes of a graph, in one pass."""
+def lift(graph: fx.Graph, writers: set[fx.Node]) -> TermTable:
+    """The terms of all nodes of a graph, in one pass. `writers` write in place."""
     table = TermTable()
-    writers = {writer for writer, _ in mutation.effects(graph).writes}
     table.writes = bool(writers)
     for node in graph.nodes:
         if node.op == "output":

@@ -40,13 +40,14 @@ def find(graph: fx.Graph) -> Found:
     """Every norm of a graph, and every near miss with its reason."""
     from fxpass.diagnose import near_misses
 
-    table = lift(graph)
-    search = _Search(graph, table)
+    effects = mutation.effects(graph)
+    table = lift(graph, {writer for writer, _ in effects.writes})
+    search = _Search(graph, table, effects)
     for term in table.terms():
         if term.op in ("mul", "div"):
             search.visit(term)
     sites = sorted(search.sites, key=lambda site: search.order[site.anchor])
-    declined = [*search.declined, *near_misses(table, sites, search.declined)]
+    declined = [*search.declined, *near_misses(table, sites, search.spoken_for)]
     declined.sort(key=lambda miss: search.position(miss.node))
     return Found(tuple(sites), tuple(declined))
 
@@ -54,14 +55,16 @@ def find(graph: fx.Graph) -> Found:
 class _Search:
     """The state of one search over one graph."""
 
-    def __init__(self, graph: fx.Graph, table: TermTable) -> None:
+    def __init__(self, graph: fx.Graph, table: TermTable, effects: mutation.Effects) -> None:
         self.table = table
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self._by_name = {node.name: index for node, index in self.order.items()}
-        self.effects = mutation.effects(graph)
+        self.effects = effects
         self.parents = table.parents()
         self.sites: list[Site] = []
         self.declined: list[Decline] = []
+        self.spoken_for: set[str] = set()
+        """Nodes of declined norms, which need no second decline."""
         self._taken_sums: set[Term] = set()
 
     def position(self, name: str) -> int:
@@ -78,6 +81,7 @@ class _Search:
                 self.sites.extend(self._sites(family, core, binds))
             except Declined as declined:
                 self.declined.append(self._decline(declined, core))
+                self.spoken_for.update((declined.node, *(node.name for node in core.nodes)))
             return
 
     def _decline(self, declined: Declined, core: Term) -> Decline:

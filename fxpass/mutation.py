@@ -1,4 +1,4 @@
-"""In-place writes: which nodes write, to whose memory, and whether a norm spans such a write."""
+"""In-place writes and switches of grad mode: which nodes do it, and whether a norm spans one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxpass import facts
 from fxpass.errors import Declined
 from fxpass.sites import Site
+from fxpass.torch_private import GRAD_SWITCHES
 
 VIEWS = frozenset(
     (
@@ -39,24 +41,35 @@ class Effects:
 
     writes: tuple[tuple[fx.Node, frozenset[fx.Node]], ...]
     roots: dict[fx.Node, frozenset[fx.Node]]
+    switches: tuple[fx.Node, ...]
+    """Nodes that turn autograd on or off, in graph order."""
 
 
 def effects(graph: fx.Graph) -> Effects:
-    """The in-place writes of a graph. ATen graphs after functionalisation have next to none."""
+    """The effects in a graph. ATen graphs after functionalisation have next to none."""
+    switches = tuple(n for n in graph.nodes if n.target in GRAD_SWITCHES)
+    if not any(map(_written, graph.nodes)):
+        return Effects((), {}, switches)
     roots: dict[fx.Node, frozenset[fx.Node]] = {}
+    sharing: dict[int, frozenset[fx.Node]] = {}
     writes = []
     for node in graph.nodes:
-        aliased = _aliased(node)
-        roots[node] = frozenset({node}).union(*(roots[source] for source in aliased))
+        memory = facts.storage(node)
+        shared = frozenset() if memory is None else sharing.get(memory, frozenset())
+        roots[node] = shared.union({node}, *(roots[source] for source in _aliased(node)))
+        if memory is not None:
+            sharing[memory] = roots[node]
         written = _written(node)
         if written:
             writes.append((node, frozenset().union(*(roots[target] for target in written))))
-    return Effects(tuple(writes), roots)
+    return Effects(tuple(writes), roots, switches)
 
 
 def _aliased(node: fx.Node) -> list[fx.Node]:
     """Inputs whose memory the node's result may share."""
-    if node.op == "call_method":
+    if node.op == "call_module":
+        shares = True
+    elif node.op == "call_method":
         shares = node.target in VIEWS or str(node.target).endswith("_")
     else:
         shares = node.target in VIEWS or node.target in _INPLACE_FUNCTIONS or _schema_alias(node)
@@ -70,6 +83,8 @@ def _written(node: fx.Node) -> list[fx.Node]:
         name = node.target
         inplace = name.endswith("_") and not name.endswith("__")
         return first if inplace or name in ("__iadd__", "__imul__", "__setitem__") else []
+    if node.op == "call_module":
+        return first if _module_writes(node) else []
     if node.op != "call_function":
         return []
     if node.target in _INPLACE_FUNCTIONS:
@@ -77,6 +92,15 @@ def _written(node: fx.Node) -> list[fx.Node]:
     out = node.kwargs.get("out")
     written = [out] if isinstance(out, fx.Node) else []
     return written + _schema_written(node) + _named_inplace(node, first)
+
+
+def _module_writes(node: fx.Node) -> bool:
+    """True for modules such as `nn.ReLU(inplace=True)`."""
+    owner = node.graph.owning_module
+    if owner is None:
+        return False
+    called = owner.get_submodule(str(node.target))
+    return any(getattr(module, "inplace", False) for module in called.modules())
 
 
 def _named_inplace(node: fx.Node, first: list[fx.Node]) -> list[fx.Node]:
@@ -105,7 +129,11 @@ def _schema_alias(node: fx.Node) -> bool:
 
 
 def check(site: Site, found: Effects, order: dict[fx.Node, int]) -> None:
-    """Raises Declined if memory the norm reads is written while the norm is being computed."""
+    """Raises Declined if memory the norm reads is written while the norm is being computed.
+
+    Or if part of it is hidden from autograd, which the kernel would not be.
+    """
+    _check_gradients(site, found, order)
     if not found.writes:
         return
     inside = set(site.interior)
@@ -118,3 +146,15 @@ def check(site: Site, found: Effects, order: dict[fx.Node, int]) -> None:
             raise Declined(
                 f"%{writer.name} writes in place to a tensor the norm reads", writer.name
             )
+
+
+def _check_gradients(site: Site, found: Effects, order: dict[fx.Node, int]) -> None:
+    if site.eps_node is not None and facts.requires_grad(site.eps_node):
+        raise Declined("eps needs a gradient, which the kernel does not give", site.eps_node.name)
+    if not found.switches or not any(map(facts.requires_grad, site.inputs)):
+        return
+    start = max(order[node] for node in site.inputs)
+    end = max(order[node] for node in site.out_nodes)
+    for node in found.switches:
+        if start < order[node] < end:
+            raise Declined(f"%{node.name} switches grad mode inside the norm", node.name)

@@ -19,7 +19,7 @@ from fxpass import facts, ops, verify
 from fxpass.layout import LayoutNode
 from fxpass.plan import Plan
 from fxpass.sites import Site
-from fxpass.torch_private import fake_mode_of
+from fxpass.torch_private import run_fake
 from fxpass.uses import is_passive
 
 aten = torch.ops.aten
@@ -200,8 +200,7 @@ class _Editor:
             node = self.graph.call_function(target, args, kwargs or {})
         self.new.append(node)
         fakes = [facts.value(arg) if isinstance(arg, fx.Node) else arg for arg in args]
-        with fake_mode_of([v for v in fakes if isinstance(v, torch.Tensor)]):
-            value = target(*_fake_list(fakes), **(kwargs or {}))
+        value = run_fake(target, _fake_list(fakes), kwargs or {})
         facts.set_value(node, value, like)
         return node
 

@@ -22,12 +22,24 @@ def statically_known_true(condition: Any) -> bool:
     return bool(known(condition))
 
 
-def fake_mode_of(values: Sequence[Any]) -> Any:
-    """The FakeTensorMode the values belong to, or a fresh one."""
+def run_fake(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Call `function` on fake tensors, in their FakeTensorMode or in a fresh one."""
     from torch._guards import detect_fake_mode
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-    return detect_fake_mode(list(values)) or FakeTensorMode(allow_non_fake_inputs=True)
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    if len({id(t.fake_mode) for t in tensors if isinstance(t, FakeTensor)}) > 1:
+        mode = FakeTensorMode()  # make_fx gives each input a mode of its own
+        with mode:
+            args = [_same_layout(a) if isinstance(a, torch.Tensor) else a for a in args]
+    else:
+        mode = detect_fake_mode(tensors) or FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        return function(*args, **kwargs)
+
+
+def _same_layout(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
 
 
 def custom_graph_pass_base() -> type:
@@ -35,6 +47,10 @@ def custom_graph_pass_base() -> type:
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     return CustomGraphPass
+
+
+GRAD_SWITCHES = frozenset((torch._C._set_grad_enabled,))
+"""What Dynamo writes into a graph for `torch.no_grad` and `torch.enable_grad`."""
 
 
 def inductor_config() -> Any:

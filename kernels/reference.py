@@ -48,8 +48,11 @@ def launch(
 ) -> Outputs:
     """Run the spec step by step. Shapes as in `contract.Launch`; differentiable."""
     total = x if residual is None else _cast(_widen(x, spec.sum) + _widen(residual, spec.sum), spec)
-    row = row_value(spec, total, eps)
-    out = _element_value(spec, total, row, weight, bias)
+    # Widened once, as models do: the gradients of both uses then meet in float32.
+    wide = _widen(total, torch.float32)
+    row = row_value(spec, wide if spec.square == torch.float32 else total, eps)
+    start = wide if spec.element[0].dtype == torch.float32 else total
+    out = _element_value(spec, start, row, weight, bias)
     by_name = {"out": out.contiguous(), "sum": total, "row": row}
     return tuple(by_name[name] for name in spec.outputs)
 

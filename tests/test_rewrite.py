@@ -1,0 +1,198 @@
+"""`fxpass.rewrite` on graphs of every origin, and what it must not move: gradients, writes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases_rounding import unit
+from helpers import capture, changed, differences, tensor, tensors
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fxpass
+
+REFERENCE = {"providers": ("reference",), "strict": True}
+X, W = tensors("bf16[2,8,64]", "bf16[64]")
+
+
+def llama(x, w):
+    return w * unit(x).to(x.dtype)
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(W.clone())
+        self.norm = torch.nn.RMSNorm(64).bfloat16()
+        self.linear = torch.nn.Linear(64, 64).bfloat16()
+
+    def forward(self, x):
+        return self.norm(self.linear(llama(x, self.weight)) + x)
+
+
+BLOCK = Block().requires_grad_(False)
+
+
+def test_symbolic_trace() -> None:
+    traced = fx.symbolic_trace(BLOCK)
+    report = fxpass.rewrite(traced, X, **REFERENCE)
+    assert len(report.rewritten) == 2, str(report)
+    assert not differences(BLOCK(X), traced(X))
+
+
+def test_symbolic_trace_without_inputs_says_what_is_missing() -> None:
+    traced = fx.symbolic_trace(llama)
+    report = fxpass.rewrite(traced, **REFERENCE)
+    assert not report.rewritten
+    assert "pass example inputs" in str(report)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx(mode: str) -> None:
+    traced = make_fx(llama, tracing_mode=mode)(X, W)
+    assert len(fxpass.rewrite(traced, **REFERENCE).rewritten) == 1
+    other = tensor("bf16[5,3,64]") if mode == "symbolic" else X
+    assert not differences(llama(other, W), traced(other, W))
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec")
+@pytest.mark.parametrize("decomposed", [False, True], ids=["training", "decomposed"])
+def test_export(decomposed: bool) -> None:
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(BLOCK, (X,), dynamic_shapes=({0: batch},))
+    program = program.run_decompositions({}) if decomposed else program
+    report = fxpass.rewrite(program.graph_module, **REFERENCE)
+    assert len(report.rewritten) == 2, str(report)
+    other = tensor("bf16[5,8,64]")
+    assert not differences(BLOCK(other), program.module()(other))
+
+
+def test_a_second_run_changes_nothing() -> None:
+    traced = fx.symbolic_trace(BLOCK)
+    fxpass.rewrite(traced, X, **REFERENCE)
+    once = str(traced.graph)
+    report = fxpass.rewrite(traced, **REFERENCE)
+    assert not report.rewritten
+    assert not report.declined
+    assert str(traced.graph) == once
+
+
+# --- modules called as such ------------------------------------------------------------------
+
+
+class Leaf(torch.nn.Module):
+    """Calls a module between the two halves of a norm."""
+
+    def __init__(self, module: torch.nn.Module, write: bool) -> None:
+        super().__init__()
+        self.module, self.write = module, write
+
+    def forward(self, x):
+        h = x.sin()
+        inverse = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        seen = self.module(h)
+        if self.write:
+            seen.add_(1)
+        return h * inverse
+
+
+@pytest.mark.parametrize(
+    ("module", "write"), [(torch.nn.ReLU(inplace=True), False), (torch.nn.Identity(), True)]
+)
+def test_modules_that_write_or_alias(module: torch.nn.Module, write: bool) -> None:
+    model, x = Leaf(module, write), X.float()
+    traced = fx.symbolic_trace(model)
+    report = fxpass.rewrite(traced, x, **REFERENCE)
+    (declined,) = report.declined
+    assert "writes in place" in declined.reason
+    assert not differences(model(x), traced(x))
+
+
+# --- gradients -------------------------------------------------------------------------------
+
+
+def inverse_without_gradient(x):
+    with torch.no_grad():
+        inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return x * inverse
+
+
+def norm_without_gradient(x):
+    y = x.sin()
+    with torch.no_grad():
+        h = unit(y)
+    return h * x
+
+
+@pytest.mark.parametrize("function", [inverse_without_gradient, norm_without_gradient])
+def test_grad_mode_is_not_crossed(function) -> None:
+    x = tensor("!f32[2,8,64]")
+    level = capture(function, [x], aten=False).levels[-1]
+    report = fxpass.rewrite(level.graph_module, **REFERENCE)
+    assert "switches grad mode" in report.declined[0].reason
+    (wanted,) = torch.autograd.grad(function(x).sum(), x)
+    (found,) = torch.autograd.grad(level.graph_module(x)[0].sum(), x)
+    assert torch.equal(wanted, found)
+
+
+def test_learned_eps_keeps_its_gradient() -> None:
+    x, eps = tensor("!f32[2,8,64]"), torch.tensor(0.5, requires_grad=True)
+    level = capture(unit, [x, eps], aten=False).levels[-1]
+    report = fxpass.rewrite(level.graph_module, **REFERENCE)
+    assert "eps needs a gradient" in report.declined[0].reason
+
+
+def residual(x, r, w):
+    h = x + r
+    return llama(h, w) * h
+
+
+def bias_and_inverse(x, w, b):
+    inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return (x * inverse * w + b) * inverse
+
+
+def gemma(x, w):
+    return (unit(x) * (1 + w.float())).to(x.dtype)
+
+
+GRADIENTS = {
+    "llama": (llama, "!bf16[2,8,64]", "!bf16[64]"),
+    "gemma": (gemma, "!bf16[2,8,64]", "!bf16[64]"),
+    "residual": (residual, "!bf16[2,8,64]", "!bf16[2,8,64]", "!bf16[64]"),
+    "bias_and_inverse": (bias_and_inverse, "!f32[2,8,64]", "!f32[64]", "!f32[64]"),
+    "functional": (
+        lambda x, w: torch.nn.functional.rms_norm(x, (64,), w, 1e-6),
+        "!f32[2,8,64]", "!f32[64]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_of_a_rewritten_dynamo_graph(name: str) -> None:
+    function, *texts = GRADIENTS[name]
+    inputs = tensors(*texts)
+    level = capture(function, inputs, aten=False).levels[-1]
+    names = [n.name for n in level.graph_module.graph.nodes if n.op == "placeholder"]
+    assert len(names) == len(inputs)
+    wanted = torch.autograd.grad(function(*inputs).float().square().sum(), inputs)
+    assert len(fxpass.rewrite(level.graph_module, **REFERENCE).rewritten) == 1
+    placed = {n: inputs[int(n.split("_")[-2])] for n in names}
+    result = level.graph_module(*(placed[n] for n in names))[0]
+    found = torch.autograd.grad(result.float().square().sum(), inputs)
+    for a, b in zip(wanted, found, strict=True):
+        # The same chain of operators, but gradients that meet in x are added in another order.
+        tolerance = 2e-2 if a.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_training_graphs_keep_their_values(name: str) -> None:
+    function, *texts = GRADIENTS[name]
+    captured = capture(function, tensors(*texts))
+    captured.result.float().sum().backward()
+    forward = captured.graphs("aten")[0]
+    assert not changed(forward)
+    for level in captured.graphs("aten")[1:]:
+        assert not changed(level)
