@@ -44,7 +44,13 @@ def _cast(call: Call) -> Term | None:
     "contiguous", "clone", torch.clone,
 )  # fmt: skip
 def _same(call: Call) -> Term | None:
-    return None if call.table.writes else call.term(0, "self", "input")
+    """A copy is its source, unless memory is written or the copy is laid out otherwise."""
+    source = call.term(0, "self", "input")
+    if source is None or not source.nodes or call.table.writes:
+        return None
+    found = facts.of(source.nodes[0])
+    same = found is not None and facts.same_shape(found.stride, call.result.stride)
+    return source if same else None
 
 
 @spelled(
