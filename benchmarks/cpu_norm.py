@@ -1,10 +1,11 @@
-"""RMSNorm on the CPU, microseconds a call: eager, F.rms_norm, Inductor and the row kernel.
+"""RMSNorm on the CPU, microseconds a call: eager, F.rms_norm, Inductor, fxpass, the row kernel.
 
     python benchmarks/cpu_norm.py --json benchmarks/results/cpu_norm.json
 
 All columns of a row are measured in turns within one run, so that a busy machine slows them alike;
 medians. Inductor drops the rounding between the norm and the weight, and F.rms_norm has none there;
-the row kernel keeps it, like eager.
+fxpass and the row kernel keep it, like eager. `ratio` is fxpass over Inductor, both through
+torch.compile and so both with Dynamo's guards; `cpu.row` is the kernel called directly.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
+import fxpass
 from fxpass.kernels import cpu
 from fxpass.spec import NormSpec
 
@@ -47,18 +49,34 @@ class LlamaRMSNorm(torch.nn.Module):
         return self.weight * h.to(x.dtype)
 
 
+class SameRMSNorm(LlamaRMSNorm):
+    """The same module with code of its own: Dynamo looks compiled code up by code object."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise in float32, round, then scale."""
+        h = x.to(torch.float32)
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+        return self.weight * h.to(x.dtype)
+
+
 def columns(hidden: int, x: torch.Tensor) -> dict[str, Callable[[], object]]:
     """What is compared, by name, ready to be called."""
     module = LlamaRMSNorm(hidden)
     weight = module.weight.detach()
     torch.compiler.reset()
     compiled = torch.compile(module, dynamic=False)
+    same = SameRMSNorm(hidden)
+    same.weight = module.weight
+    rewritten = torch.compile(
+        same, dynamic=False, backend=fxpass.rmsnorm_backend, options={"expect": 1}
+    )
     row = cpu.entry(SPEC)
     assert (row(x, None, weight, None, EPS) != module(x)).float().mean() < 1e-3  # type: ignore[union-attr]
     return {
         "eager": lambda: module(x),
         "F.rms_norm": lambda: torch.nn.functional.rms_norm(x, (hidden,), weight, EPS),
         "inductor": lambda: compiled(x),
+        "fxpass": lambda: rewritten(x),
         "cpu.row": lambda: row(x, None, weight, None, EPS),
     }
 
@@ -84,7 +102,8 @@ def measure(thread_counts: list[int]) -> list[dict[str, object]]:
             x = torch.randn(count, hidden, dtype=torch.bfloat16)
             with torch.no_grad():
                 found = medians(columns(hidden, x))
-            rows.append({"threads": threads, "rows": count, "hidden": hidden, **found})
+            ratio = {"ratio": round(found["fxpass"] / found["inductor"], 3)}
+            rows.append({"threads": threads, "rows": count, "hidden": hidden, **found, **ratio})
     return rows
 
 

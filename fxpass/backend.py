@@ -154,9 +154,8 @@ def _with_existing(ours: Any) -> Any:
 def _direct_calls() -> None:
     """Let Inductor's generated code call the kernels without the dispatcher."""
     for count in (1, 2, 3):
-        torch_private.call_directly(
-            ops.op_for(("out", "sum", "row")[:count]), "fxpass_norm", ops.run
-        )
+        op = ops.op_for(("out", "sum", "row")[:count])
+        torch_private.call_directly(op, ops.calls)
 
 
 def rmsnorm_backend(

@@ -118,7 +118,7 @@ def _frame(node: fx.Node) -> tuple[str, str, str, str] | None:
     """The innermost frame of the node's stack that is not inside torch itself."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [frame for frame in frames if not frame[0].startswith((_TORCH, _OURS))]
-    found = own or frames
+    found = own or [frame for frame in frames if not frame[0].startswith(_OURS)]
     return found[-1] if found else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,10 +35,29 @@ def parsed(spec: str) -> NormSpec:
     return NormSpec.parse(spec)
 
 
-@functools.cache
-def _entry(kernel: str, spec: str) -> Callable[..., Any]:
-    """The fastest callable for this kernel and spec: (x, residual, weight, bias, eps)."""
-    return by_name(kernel).entry(parsed(spec))
+class _Calls(dict[str, Callable[..., Any]]):
+    """`"kernel spec"` -> the fastest callable: (x, residual, weight, bias, eps)."""
+
+    def __missing__(self, key: str) -> Callable[..., Any]:
+        kernel, _, spec = key.partition(" ")
+        meaning = parsed(spec)
+        try:
+            found = by_name(kernel).entry(meaning)
+        except Exception as error:
+            # A cached graph may reach a machine that cannot build what it was compiled with.
+            warnings.warn(
+                f"fxpass: {kernel} cannot run here ({error}); {spec} runs as reference.eager,"
+                " with the same roundings",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            found = reference.KERNEL.entry(meaning)
+        self[key] = found
+        return found
+
+
+calls = _Calls()
+"""Filled as kernels are called; generated code looks its kernel up here."""
 
 
 def run(
@@ -50,10 +70,10 @@ def run(
     kernel: str,
     spec: str,
 ) -> Any:
-    """Run a kernel. A tensor for one output, else a tuple; generated code calls this directly."""
+    """Run a kernel. A tensor for one output, else a tuple."""
     if eps_tensor is not None:
         eps = eps_tensor.item()
-    return _entry(kernel, spec)(x, residual, weight, bias, eps)
+    return calls[f"{kernel} {spec}"](x, residual, weight, bias, eps)
 
 
 def fake(
