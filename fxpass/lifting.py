@@ -38,7 +38,9 @@ def _term(table: TermTable, node: fx.Node) -> Term:
 def _item(table: TermTable, node: fx.Node) -> Term:
     """A Python float read off a 0-d tensor, which is how dynamic shapes pass `self.eps`."""
     source = node.args[0]
-    found = facts.of(source) if isinstance(source, fx.Node) else None
+    if not isinstance(source, fx.Node):
+        return table.leaf(node)
+    found = facts.of(source)
     if found is None or found.shape != () or not found.dtype.is_floating_point or table.writes:
         return table.leaf(node)
     return table.of(source)

@@ -157,7 +157,8 @@ def call_directly(op: Any, calls: Mapping[str, Callable[..., Any]]) -> None:
     from torch._inductor.select_algorithm import extern_kernels
     from torch._inductor.virtualized import V
 
-    extern_kernels.fxpass = calls
+    namespace: Any = extern_kernels
+    namespace.fxpass = calls
     if op in lowerings:
         return
     make_fallback: Callable[..., Any] = fallback_handler
@@ -195,10 +196,11 @@ def _drop_assert(output: Any) -> None:
     """Leave out the check of an output's strides (0.2 us): our own kernels' are tested."""
     from torch._inductor import ir
 
-    buffer = output
+    buffer: Any = output
     for _ in range(4):
         if isinstance(buffer, ir.MultiOutput):
-            buffer.codegen_size_asserts = lambda wrapper: None
+            produced: Any = buffer
+            produced.codegen_size_asserts = lambda wrapper: None
             return
         buffer = getattr(buffer, "data", None)
 
