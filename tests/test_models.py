@@ -40,6 +40,11 @@ def in_place(x):
     return y * torch.rsqrt(row + 1e-6)
 
 
+def clipped(x):
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * (3 / (length + 1e-6)).clamp(max=1)
+
+
 FORMS = {
     "rsqrt": (rms, 1),
     "square by product": (lambda x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6), 1),
@@ -57,6 +62,7 @@ FORMS = {
     "another tensor scaled": (other_tensor, 0),
     "partial variance": (partial, 0),
     "x changed in between": (in_place, 0),
+    "rows clipped in length": (clipped, 0),
     "standardised": (lambda x: x * torch.rsqrt(x.var(-1, keepdim=True) + 1e-6), 0),
 }
 

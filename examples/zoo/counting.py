@@ -26,6 +26,7 @@ SAME_VALUES = frozenset(
 """Operations that keep every value (a cast rounds it): the result is still the same x."""
 SAME_ROW = frozenset("add sub clamp clamp_min maximum mul div neg abs".split())
 """With a constant as the other operand, these keep a row value a row value."""
+CLAMPS = frozenset("clamp clamp_min maximum".split())
 INVERSES = {
     ("rsqrt", "row"): "inverse",
     ("sqrt", "row"): "root",
@@ -232,6 +233,8 @@ def _with_constant(name: str, tag: Tag | None, row_is_right: bool) -> Tag | None
         return None
     if name == "div" and row_is_right:
         return Tag("inverse", tag.origin) if tag.role == "root" else None
+    if name in CLAMPS and tag.role == "inverse":
+        return None  # x * min(1, limit / norm(x)) clips long rows; it normalises none
     return tag if tag.param or tag.role in ("row", "root", "inverse") else None
 
 
