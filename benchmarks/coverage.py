@@ -223,7 +223,8 @@ def _place(location: str) -> str:
 
 def _error(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
-    message = (str(error).strip().splitlines() or [""])[0][:200]
+    message = (str(error).strip().splitlines() or [""])[0]
+    message = re.sub(r"/\S*/", "", message)[:200]  # results name no folders of this machine
     return f"{type(error).__name__}: {message} ({_place(last.filename)}:{last.lineno})"
 
 
