@@ -117,13 +117,13 @@ class _Search:
                     level.append(parent)
 
     def _sites(self, family: Formula, core_term: Term, binds: Binds) -> list[Site]:
-        """One site; or several, where composite operators share a normalised value unseen."""
+        """One site; or several, where the source computes one normalised value several times."""
         core = read_core(binds)
         sites: list[Site] = []
         taken: set[fx.Node] = set()
         reasons: list[Declined] = []
         for candidate in self._finishes(core_term, binds):
-            if taken.intersection(candidate.anchor.nodes) or (sites and core_term.nodes):
+            if taken.issuperset(candidate.anchor.nodes):
                 continue
             for residual in residuals(core.x, core.dims, self._taken_sums):
                 try:

@@ -58,6 +58,7 @@ class Uses:
         for term in ordered:
             if term is not anchor:
                 self._serve(term)
+        self.nodes -= self._kept
 
     def _serve(self, term: Term) -> None:
         read = [node for node in term.nodes if any(map(self._reads, node.users))]

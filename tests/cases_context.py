@@ -86,6 +86,11 @@ def two_weights_share_the_normalised_value(x, w, v):
     return h * w, h * v
 
 
+@matches("rms_norm", PLAIN.replace("x=f32", "x=bf16"), X, W, W, more=((NAME, LLAMA),) * 2)
+def normalised_value_computed_thrice(x, w, v):
+    return llama(x, w), llama(x, v), unit(x)
+
+
 @matches("rms_norm.cast", CAST, X)
 def normalised_value_used_twice(x):
     h = unit(x).to(x.dtype)

@@ -136,13 +136,18 @@ def differences(old: Any, new: Any) -> list[str]:
     for index, (a, b) in enumerate(zip(flat(old), flat(new), strict=True)):
         if not isinstance(a, torch.Tensor):
             continue
-        kind = [a.dtype, tuple(a.shape), a.stride()], [b.dtype, tuple(b.shape), b.stride()]
-        if kind[0] != kind[1] and a.numel() > 1:
-            found.append(f"output {index}: {kind[0]} became {kind[1]}")
+        if layout(a) != layout(b):
+            found.append(f"output {index}: {layout(a)} became {layout(b)}")
         elif not torch.equal(bits(a), bits(b)):
             apart = (bits(a) != bits(b)).sum().item()
             found.append(f"output {index}: {apart} of {a.numel()} elements differ")
     return found
+
+
+def layout(value: torch.Tensor) -> tuple[Any, ...]:
+    """Dtype, shape and strides; a dim of size 1 has no stride to speak of."""
+    strides = [step for size, step in zip(value.shape, value.stride(), strict=True) if size != 1]
+    return value.dtype, tuple(value.shape), strides if value.numel() else []
 
 
 def bits(value: torch.Tensor) -> torch.Tensor:

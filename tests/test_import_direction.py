@@ -23,7 +23,7 @@ MODULES = """
     kernels.cpu_source kernels.cpu_build kernels.cpu_call kernels.cpu
     kernels.registry kernels
     select layout plan ops
-    verify rewrite sampling report tables remembered modules
+    verify rewrite sampling report tables remembered modules printing
     pipeline capture backend
     fxpass
 """.split()

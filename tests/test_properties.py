@@ -7,7 +7,17 @@ import torch
 from cases import LLAMA, PLAIN
 from cases_rounding import unit
 from cases_spellings import DIVIDED, EPSILONS, INVERSES, MEANS, ROOTS, SQUARES, norm, spec_of
-from helpers import REFERENCE, capture, changed, copied, differences, rewritten, tensor, tensors
+from helpers import (
+    REFERENCE,
+    capture,
+    changed,
+    copied,
+    differences,
+    layout,
+    rewritten,
+    tensor,
+    tensors,
+)  # fmt: skip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -119,7 +129,7 @@ def test_random_programs_keep_their_values(steps, square) -> None:
 
 def _assert_same_or_reordered(old, new) -> None:
     for a, b in zip(old, new, strict=True):
-        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+        assert layout(a) == layout(b)
         if not differences(a, b):
             continue
         # Another order of the sum moves the last bit; 16-bit steps later on may magnify it.
@@ -149,13 +159,13 @@ def test_a_second_run_changes_nothing(steps) -> None:
 # --- random views of x ---------------------------------------------------------------
 
 VIEWS = {
-    "slice": lambda x: x[..., 8:40],
+    "slice": lambda x: x[..., 1:-1] if x.shape[-1] > 2 else x,
     "step": lambda x: x[..., ::2],
-    "rows": lambda x: x[1:],
+    "rows": lambda x: x[1:] if x.shape[0] > 1 else x,
     "every_other_row": lambda x: x[:, ::2],
     "swap": lambda x: x.transpose(0, 1),
     "swap_last": lambda x: x.transpose(-1, -2),
-    "split_last": lambda x: x.unflatten(-1, (2, -1)),
+    "split_last": lambda x: x.unflatten(-1, (2, -1)) if x.shape[-1] % 2 == 0 else x,
     "join_first": lambda x: x.flatten(0, 1) if x.dim() > 2 else x,
     "flip_dims": lambda x: x.permute(*reversed(range(x.dim()))),
     "expand": lambda x: x[:1].expand(3, *x.shape[1:]),

@@ -1,0 +1,172 @@
+"""Layout nodes around a kernel that reads only two contiguous dimensions, and one row stride."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+from cases_rounding import unit
+from helpers import capture, changed, rewritten, tensors
+
+from fxpass import printing
+from fxpass.kernels import Kernel, Layout, reference, register, unregister
+from fxpass.options import Options
+
+
+def llama(x, w):
+    return w * unit(x).to(w.dtype)
+
+
+def _launch(spec, x, residual, weight, bias, eps):
+    """The reference, after checking what the contract promises it."""
+    for tensor in (x, residual):
+        assert tensor is None or tensor.dim() == 2
+        assert tensor is None or tensor.is_contiguous()
+    return reference.launch(spec, x, residual, weight, bias, eps)
+
+
+def _strided_launch(spec, x, residual, weight, bias, eps):
+    for tensor in (x, residual):
+        assert tensor is None or tensor.dim() == 2
+        assert tensor is None or tensor.stride(-1) == 1
+    return reference.launch(spec, x, residual, weight, bias, eps)
+
+
+def _kernel(name, rows, launch):
+    contract = dataclasses.replace(reference.CONTRACT, layout=Layout(rows=rows, rank=2))
+    return Kernel(f"testing.{name}", contract, launch)
+
+
+KERNELS = (_kernel("flat", "contiguous", _launch), _kernel("rows", "strided_2d", _strided_launch))
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    with contextlib.ExitStack() as stack:
+        for kernel in KERNELS:
+            register(kernel)
+            stack.callback(unregister, kernel.name)
+        yield
+
+
+FLAT = Options(providers=("testing.flat",), strict=True)
+ROWS = Options(providers=("testing.rows",), strict=True)
+
+
+def _planned(function, inputs, options, dynamic=None):
+    """(layout nodes per site, bytes per site) at ATen level, results compared."""
+    with torch.no_grad():
+        level = capture(function, inputs, dynamic=dynamic).graphs("aten")[-1]
+    made, report = rewritten(level, options)
+    assert report.rewritten, str(report)
+    assert not changed(level, options)
+    nodes = [list(site.layout_nodes) for site in report.rewritten]
+    return made, nodes, [site.bytes_copied for site in report.rewritten]
+
+
+def test_contiguous_input_is_only_viewed() -> None:
+    _, nodes, copied = _planned(llama, tensors("bf16[2,8,64]", "bf16[64]"), FLAT)
+    assert nodes == [["rows(x)", "shape(out)"]]
+    assert copied == [0]
+
+
+def test_two_dims_need_nothing() -> None:
+    _, nodes, _ = _planned(llama, tensors("bf16[16,64]", "bf16[64]"), FLAT)
+    assert nodes == [[]]
+
+
+def test_a_slice_is_copied_and_its_bytes_are_counted() -> None:
+    def function(x, w):
+        return llama(x[..., :64], w)
+
+    inputs = tensors("bf16[2,8,192]", "bf16[64]")
+    _, nodes, copied = _planned(function, inputs, FLAT)
+    assert nodes == [["contiguous(x) 2048 bytes", "rows(x)", "shape(out)"]]
+    assert copied == [2 * 8 * 64 * 2]
+
+
+def test_a_slice_is_not_copied_where_rows_may_be_strided() -> None:
+    def function(x, w):
+        return llama(x[..., :64], w)
+
+    _, nodes, copied = _planned(function, tensors("bf16[2,8,192]", "bf16[64]"), ROWS)
+    assert nodes == [["rows(x)", "shape(out)"]]
+    assert copied == [0]
+
+
+def test_rows_with_two_strides_are_copied() -> None:
+    def function(x, w):
+        return llama(x[:, ::2, :, :64], w)
+
+    _, nodes, _ = _planned(function, tensors("bf16[2,8,2,96]", "bf16[64]"), ROWS)
+    assert nodes[0][0].startswith("contiguous(x)")
+
+
+def test_sites_with_one_source_share_the_copy() -> None:
+    def function(x, w, v):
+        q = x[..., :64]
+        inverse = torch.rsqrt(q.float().pow(2).mean(-1, keepdim=True) + 1e-3)
+        return llama(q, w), v * (q.float() * inverse).to(v.dtype)
+
+    made, nodes, _ = _planned(function, tensors("bf16[2,8,192]", "bf16[64]", "bf16[64]"), FLAT)
+    assert len(nodes) == 2
+    lines = printing.text(made.graph).splitlines()
+    assert sum(" = clone(" in line for line in lines) == 1
+    assert sum(" = norm(" in line for line in lines) == 2
+
+
+def test_transposed_result_keeps_its_strides() -> None:
+    def function(x, w):
+        return llama(x.transpose(1, 2), w), llama(x.permute(2, 0, 1, 3), w)
+
+    _, nodes, copied = _planned(function, tensors("bf16[2,8,4,16]", "bf16[16]"), FLAT)
+    assert copied == [0, 0]
+    assert nodes[0] == ["permute(x)", "rows(x)", "shape(out)", "permute(out)"]
+
+
+def test_residual_and_its_sum_are_flattened_too() -> None:
+    def function(x, r, w):
+        h = x + r
+        return llama(h, w), h
+
+    inputs = tensors("bf16[2,8,64]", "bf16[2,8,64]", "bf16[64]")
+    _, nodes, copied = _planned(function, inputs, FLAT)
+    assert nodes == [["rows(x)", "rows(residual)", "shape(out)", "shape(sum)"]]
+    assert copied == [0]
+
+
+def test_inverse_returned_in_its_own_shape() -> None:
+    def function(x):
+        inverse = torch.rsqrt(x.pow(2).mean(-1) + 1e-6)
+        return x * inverse.unsqueeze(-1), inverse
+
+    _planned(function, tensors("f32[2,8,64]"), FLAT)
+
+
+def test_several_normalised_dims_are_joined() -> None:
+    def function(x, w):
+        return torch.nn.functional.rms_norm(x, (4, 16), w, 1e-6)
+
+    _, nodes, _ = _planned(function, tensors("f32[2,3,4,16]", "f32[4,16]"), FLAT)
+    assert nodes[0][0] == "flatten(x)"
+
+
+def test_one_row() -> None:
+    _planned(lambda x, w: llama(x, w), tensors("f32[64]", "f32[64]"), FLAT)
+
+
+@pytest.mark.parametrize("options", [FLAT, ROWS], ids=["flat", "rows"])
+def test_dynamic_rows(options) -> None:
+    def function(x, r, w):
+        h = x + r
+        return llama(h[:, :, :64], w), h
+
+    inputs = tensors("bf16[2,8,96]", "bf16[2,8,96]", "bf16[64]")
+    for tensor in inputs[:2]:
+        torch._dynamo.mark_dynamic(tensor, 0)
+        torch._dynamo.mark_dynamic(tensor, 1)
+    made, _, copied = _planned(function, inputs, options)
+    assert copied == ([None] if options is FLAT else [0])
+    assert " = norm(" in printing.text(made.graph)
