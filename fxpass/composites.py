@@ -79,10 +79,15 @@ def _rms_norm(call: Call) -> Term | None:
     return _scaled(call, unit[0], call.result.dtype)
 
 
+_WHOLE = (Ellipsis, None, slice(None))
+"""Parts of an index that take everything, or add a dimension of size 1."""
+
+
 @spelled(operator.getitem)
 def _getitem(call: Call) -> Term | None:
-    """`y[..., None]`, or an output of `aten._fused_rms_norm`."""
-    if call.node.args[1] == (Ellipsis, None):
+    """`y[..., None]`, `y[:, None]`, or an output of `aten._fused_rms_norm`."""
+    index = call.node.args[1]
+    if isinstance(index, tuple) and all(item in _WHOLE for item in index):
         source = call.term(0)
         return None if source is None else call.make("view", source)
     return _fused_rms_norm_output(call)

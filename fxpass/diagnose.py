@@ -16,7 +16,7 @@ from fxpass.sites import Decline, Site
 from fxpass.terms import Term, TermTable, exact, number
 
 _ROOTS = ("rsqrt", "sqrt", "pow")
-_PER_ROW = ("add", "mul", "div", "clamp_min", "reciprocal", "cast", "view", "expand", "sub")
+_PER_ROW = frozenset("add mul div clamp_min clamp_max reciprocal cast view expand sub".split())
 
 
 def near_misses(table: TermTable, sites: Iterable[Site], named: set[str]) -> list[Decline]:
@@ -149,9 +149,11 @@ def _outside_reason(root: Term, applied: Term) -> str | None:
         for _ in range(4):
             if term.op == "add" and any(_unscaled(arg) is root for arg in term.args):
                 return "eps is added outside the root; it must be added to the mean"
+            if term.op == "clamp_max":
+                return "the inverse is clipped (clamp with max), so short rows are not normalised"
             if not term.args:
                 break
-            term = bare(term.args[0])
+            term = bare(next((arg for arg in term.args if number(arg) is None), term.args[0]))
     return None
 
 

@@ -198,8 +198,10 @@ class Words:
         )
 
     def over_root(self, x: Expr, value: Expr) -> Expr:
-        """X * rsqrt(value), x * (1 / sqrt(value)), x / sqrt(value)."""
-        return Either((x * Tagged("row", _row("rsqrt", value)), self.over(x, self.root(value))))
+        """`x * rsqrt(value)`, `x * (1 / sqrt(value))`, `x * sqrt(1 / value)`, `x / sqrt(value)`."""
+        inverses = (_row("rsqrt", value), _row("sqrt", _row("reciprocal", value)))
+        products = (x * Tagged("row", inverse) for inverse in inverses)
+        return Either((*products, self.over(x, self.root(value))))
 
     def cast(self, value: Expr) -> Expr:
         """A cast that rounds."""

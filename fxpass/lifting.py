@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from fxpass import composites, facts, spellings
-from fxpass.calls import TABLE, Call
+from fxpass.calls import TABLE, Builder, Call
 from fxpass.terms import Term, TermTable
 
 TABLES = (spellings, composites)
@@ -28,11 +28,18 @@ def lift(graph: fx.Graph, writers: set[fx.Node]) -> TermTable:
 def _term(table: TermTable, node: fx.Node) -> Term:
     if node.op == "call_method" and node.target == "item":
         return _item(table, node)
-    builder = TABLE.get(node.target) if node.op in ("call_function", "call_method") else None
+    builder = _builder(node)
     found = facts.of(node)
     if builder is None or found is None or "out" in node.kwargs:
         return table.leaf(node)
     return builder(Call(table, node, found)) or table.leaf(node)
+
+
+def _builder(node: fx.Node) -> Builder | None:
+    """The table's row for a call; an operator packet stands for its default overload."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    return TABLE.get(node.target) or TABLE.get(getattr(node.target, "default", None))
 
 
 def _item(table: TermTable, node: fx.Node) -> Term:

@@ -154,14 +154,20 @@ def _pow(call: Call) -> Term | None:
         return None  # but not this one: 6 of 100,000 float16 values differ from rsqrt
     name = {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}.get(power)
     if name == "square":
-        return call.make("square", exact(base))
+        return call.make("square", _unsigned(base))
     return call.make(name, base) if name else call.make("pow", base, params=(power,))
 
 
 @spelled(aten.square.default, torch.square, "square")
 def _square(call: Call) -> Term | None:
     base = call.term(0, "input", "self")
-    return None if base is None else call.make("square", exact(base))
+    return None if base is None else call.make("square", _unsigned(base))
+
+
+def _unsigned(base: Term) -> Term:
+    """What is squared: its sign does not matter, so abs(x) squares to the same bits as x."""
+    value = exact(base)
+    return exact(value.args[0]) if value.op == "abs" else value
 
 
 @spelled(aten.rsqrt.default, prims.rsqrt.default, torch.rsqrt, "rsqrt")
@@ -190,8 +196,15 @@ def _abs(call: Call) -> Term | None:
 )  # fmt: skip
 def _clamp_min(call: Call) -> Term | None:
     if call.raw(2, "max") is not None:
-        return None
+        clipped = call.raw(1, "min") is None
+        value, most = call.term(0, "input", "self"), call.term(2, "max")
+        return call.make("clamp_max", value, most) if clipped else None
     return call.make("clamp_min", call.term(0, "input", "self"), call.term(1, "min"))
+
+
+@spelled(aten.clamp_max.default, torch.clamp_max, "clamp_max")
+def _clamp_max(call: Call) -> Term | None:
+    return call.make("clamp_max", call.term(0, "input", "self"), call.term(1, "max"))
 
 
 @spelled(aten.maximum.default, torch.maximum)

@@ -48,7 +48,7 @@ class Uses:
     def __init__(
         self, anchor: Term, inside: set[Term], core: Core, residual: Residual | None
     ) -> None:
-        self.nodes = {node for term in inside for node in term.nodes}
+        self.nodes = _feeding(anchor.nodes, {node for term in inside for node in term.nodes})
         self.sum_nodes: tuple[fx.Node, ...] = ()
         self.row_nodes: tuple[fx.Node, ...] = ()
         self._total = None if residual is None else residual.total
@@ -61,23 +61,36 @@ class Uses:
         self.nodes -= self._kept
 
     def _serve(self, term: Term) -> None:
-        read = [node for node in term.nodes if any(map(self._reads, node.users))]
+        nodes = tuple(node for node in term.nodes if node in self.nodes)
+        read = [node for node in nodes if any(map(self._reads, node.users))]
         if not read:
             return
         if term is self._total:
-            self.sum_nodes = tuple(term.nodes)
-        elif len(read) < len(term.nodes):
+            self.sum_nodes = nodes
+        elif len(read) < len(nodes):
             self._kept.update(read)  # computed twice in the source: the other one is ours
         elif term is self._row:
-            self.row_nodes = tuple(term.nodes)
+            self.row_nodes = nodes
         elif _cheap(term):
-            self._kept.update(term.nodes)
+            self._kept.update(nodes)
         else:
             user = next(user for user in read[0].users if self._reads(user)).name
-            raise Declined(f"{term.op} inside the norm is also read by %{user}", term.nodes[0].name)
+            raise Declined(f"{term.op} inside the norm is also read by %{user}", nodes[0].name)
 
     def _reads(self, user: fx.Node) -> bool:
         return (user not in self.nodes or user in self._kept) and not is_passive(user)
+
+
+def _feeding(anchors: list[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
+    """The nodes the anchors are computed from; equal ones elsewhere in the graph are not ours."""
+    found: set[fx.Node] = set()
+    stack = list(anchors)
+    while stack:
+        node = stack.pop()
+        if node in inside and node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
 
 
 def _row_value(row: Term) -> Term:

@@ -15,6 +15,12 @@ def rms(x, dim=-1):
     return x.pow(2).mean(dim, keepdim=True) + 1e-6
 
 
+@declines("clipped", "f32[2,8,64]")
+def clip_to_length(x):
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * (2.0 / (length + 1e-6)).clamp(max=1.0)
+
+
 @declines(r"mean is over dim -2", F32)
 def wrong_dim(x):
     return x * torch.rsqrt(rms(x, -2))

@@ -20,6 +20,7 @@ SQUARES: dict[str, Callable[[Any], Any]] = {
     "x_x": lambda x: x.float() * x.float(),
     "mul": lambda x: torch.mul(x.float(), x.to(torch.float32)),
     "mixed": lambda x: x * x.float(),
+    "abs": lambda x: x.float().abs().pow(2),
 }
 MEANS: dict[str, Callable[[Any], Any]] = {
     "keepdim": lambda s: s.mean(-1, keepdim=True),
@@ -28,6 +29,7 @@ MEANS: dict[str, Callable[[Any], Any]] = {
     "list": lambda s: torch.mean(s, [-1], True),
     "unsqueeze": lambda s: s.mean(-1).unsqueeze(-1),
     "index": lambda s: s.mean(-1)[..., None],
+    "colons": lambda s: s.mean(-1)[:, :, None],
     "view": lambda s: s.mean(-1).view(*s.shape[:-1], 1),
 }
 DIVIDED: dict[str, Callable[[Any], Any]] = {
@@ -100,6 +102,15 @@ for _mean in ("keepdim", "sum_over_shape", "sum_over_size"):
 
 
 DIVIDE = "x=f32 row=mean:f32,add_eps:f32,sqrt:f32 element=div_row:f32"
+
+
+@matches(
+    "rms_norm",
+    "x=f32 row=mean:f32,add_eps:f32,reciprocal:f32,sqrt:f32 element=mul_row:f32",
+    "f32[2,8,64]",
+)
+def root_of_reciprocal(x):
+    return x * torch.sqrt(1 / (x.pow(2).mean(-1, keepdim=True) + 1e-6))
 
 
 @matches("rms_norm", DIVIDE, "f32[4,64]")
