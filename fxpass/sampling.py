@@ -21,6 +21,9 @@ _SHARE_16_BIT = 2e-3
 few 2**-24, and a bf16 rounding flips when the value lies that close to a midpoint: 2**-15 of all
 elements per ulp; measured 0 to 5e-6 for a plain row kernel."""
 
+_UNKNOWN_SIZE = 8
+"""Stands for a size that only the data decides."""
+
 _FLOAT32_ULPS = 64
 """float32 results may be off by a few ulps of the sum; hidden 65536 stays under this."""
 
@@ -75,18 +78,21 @@ def _sample(node: fx.Node, generator: torch.Generator) -> torch.Tensor:
     assert found is not None
     shape = [_hint(size) for size in found.shape]
     if torch.Size(shape).numel() == 1:
-        return torch.full(shape, 1e-6, dtype=found.dtype)
-    return torch.randn(shape, generator=generator).to(found.dtype)
+        return torch.full(shape, 1e-6, dtype=found.dtype, device=found.device)
+    return torch.randn(shape, generator=generator).to(found.device, found.dtype)
 
 
 def _hint(size: facts.Size) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return _UNKNOWN_SIZE if hint is None else int(hint)
 
 
 def _run_nodes(
     nodes: tuple[fx.Node, ...], env: dict[fx.Node, Any], generator: torch.Generator
 ) -> None:
-    """Run nodes in graph order with the operators they name, on the CPU."""
+    """Run nodes in graph order with the operators they name."""
 
     def value(node: fx.Node) -> Any:
         if node not in env:
