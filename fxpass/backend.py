@@ -142,9 +142,9 @@ def _chain_class() -> Any:
     return PassChain
 
 
-def _with_existing(ours: Any) -> Any:
-    """Our pass after whatever the user has in the hook already."""
-    existing = getattr(torch_private.inductor_config(), _HOOK)
+def _with_existing(ours: Any, given: Any = None) -> Any:
+    """Our pass after whatever the user has in the hook already, or has `given` as an option."""
+    existing = getattr(torch_private.inductor_config(), _HOOK) if given is None else given
     listed = list(existing) if isinstance(existing, (list, tuple)) else [existing]
     others = [step for step in listed if step is not None]
     return _chain_class()([*others, ours]) if others else ours
@@ -173,7 +173,7 @@ def rmsnorm_backend(
     ours, inductors = _split_options(options)
     rms_pass = pass_class()(ours)
     patches = {**torch_private.mode_patches(mode), **inductors}
-    patches[_HOOK] = _with_existing(rms_pass)
+    patches[_HOOK] = _with_existing(rms_pass, patches.get(_HOOK))
     if ours.numerics == "eager":
         patches["emulate_precision_casts"] = True
     key = remembered.key_of(graph_module, example_inputs, rms_pass.uuid() + repr(sorted(inductors)))

@@ -91,6 +91,15 @@ def normalised_value_computed_thrice(x, w, v):
     return llama(x, w), llama(x, v), unit(x)
 
 
+@matches(
+    "l2_norm.normalize",
+    "x=f32 row=sum:f32,sqrt:f32,clamp_eps:f32 element=div_row:f32", "f32[2,8,64]",
+    more=(("rms_norm", PLAIN),), exact=False,
+)  # fmt: skip
+def two_families_of_one_tensor(x):
+    return F.normalize(x, dim=-1), unit(x)
+
+
 @matches("rms_norm.cast", CAST, X)
 def normalised_value_used_twice(x):
     h = unit(x).to(x.dtype)
