@@ -61,6 +61,11 @@ def requires_grad(node: fx.Node) -> bool:
     return bool(getattr(value(node), "requires_grad", False))
 
 
+def take_over(node: fx.Node, old: fx.Node) -> None:
+    """Give a node that computes the same tensor as an old one all that is known of it."""
+    node.meta.update(old.meta)
+
+
 def of(node: fx.Node) -> TensorFacts | None:
     """Facts of a node, or None if it does not compute one strided tensor."""
     found = value(node)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from fxpass import facts
+
 
 def open_norms(graph_module: fx.GraphModule) -> int:
     """Replace each call of an nn.RMSNorm by F.rms_norm on its weight. Returns how many.
@@ -33,7 +35,7 @@ def _open(graph: fx.Graph, node: fx.Node, module: torch.nn.RMSNorm) -> None:
         weight = None if module.weight is None else graph.get_attr(f"{node.target}.weight")
         args = (node.args[0], tuple(module.normalized_shape), weight, module.eps)
         call = graph.call_function(F.rms_norm, args)
-    call.meta.update(node.meta)
+    facts.take_over(call, node)
     node.replace_all_uses_with(call)
     graph.erase_node(node)
 
