@@ -99,7 +99,7 @@ def ignored(*inputs: Any, **options):
 
 MODULES = (
     "cases_spellings", "cases_rounding", "cases_residual", "cases_context", "cases_near_misses",
-    "cases_other",
+    "cases_other", "cases_writes",
 )  # fmt: skip
 
 

@@ -193,41 +193,6 @@ def dynamic_residual(x, r, w):
     return llama(h.view(-1, 64), w), h
 
 
-# --- writes in place that do the norm no harm (Dynamo graphs) -------------------------------
-
-DYNAMO = {"levels": ("dynamo",)}
-
-
-@matches("rms_norm", PLAIN, "f32[2,8,64]", **DYNAMO)
-def same_expression_before_and_after_a_write(x):
-    h = x.sin()
-    a = h * 2
-    h.add_(1)
-    b = h * 2
-    return a, unit(b)
-
-
-@matches("rms_norm", PLAIN, "f32[2,8,64]", "f32[2,8,64]", **DYNAMO)
-def write_after_the_norm(x, y):
-    k = x.sin()
-    h = unit(k)
-    k.view(2, 8, 64).copy_(y)
-    return h, k
-
-
-@matches("rms_norm", PLAIN, "f32[2,8,64]", **DYNAMO)
-def result_of_an_in_place_add(x):
-    return unit(x.sin().add_(1))
-
-
-@matches("rms_norm", PLAIN, "f32[2,8,64]", "f32[2,8,64]", **DYNAMO)
-def unrelated_write_between(x, cache):
-    mean = x.pow(2).mean(-1, keepdim=True)
-    kept = cache.sin()
-    kept[0] = 0
-    return x * torch.rsqrt(mean + 1e-6), kept
-
-
 # --- equal operations whose results differ only in shape ------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from cases import PLAIN, W, X, declines, matches, untouched
+from cases import W, X, declines, untouched
 from cases_rounding import unit
 
 F32, V = "f32[2,8,64]", "f32[64]"
@@ -276,98 +276,3 @@ def flipped(x):
 @declines(DIFFERENT, F32, levels=("dynamo",))
 def detached(x):
     return x * torch.rsqrt(rms(x.detach()))
-
-
-# --- writes in place (Dynamo graphs; AOTAutograd removes them) -----------------------------
-
-WRITES = r"writes in place"
-
-
-@declines(WRITES, F32, levels=("dynamo",))
-def write_between(x):
-    h = x.sin()
-    inverse = torch.rsqrt(rms(h))
-    h.add_(1)
-    return h * inverse
-
-
-@declines(WRITES, F32, levels=("dynamo",))
-def set_item_between(x):
-    h = x.sin()
-    inverse = torch.rsqrt(rms(h))
-    h[0] = 0
-    return h * inverse
-
-
-@declines(WRITES, F32, levels=("dynamo",))
-def write_to_a_view_between(x):
-    h = x.sin()
-    inverse = torch.rsqrt(rms(h))
-    h.view(16, 64)[3].mul_(2)
-    return h * inverse
-
-
-@declines(DIFFERENT, F32, levels=("dynamo",))
-def augmented_assignment_between(x):
-    h = x.sin()
-    inverse = torch.rsqrt(rms(h))
-    h *= 2
-    return h * inverse
-
-
-@declines(WRITES, F32, levels=("dynamo",))
-def out_argument_between(x):
-    h = x.sin()
-    inverse = torch.rsqrt(rms(h))
-    torch.add(h, 1, out=h)
-    return h * inverse
-
-
-@matches("rms_norm", PLAIN, F32, V, levels=("dynamo",))
-def weight_written_between(x, w):
-    v = w.sin()
-    h = torch.rsqrt(rms(x))
-    k = v.cos()
-    v.zero_()
-    return x * h * v, k
-
-
-@declines(WRITES, F32, levels=("dynamo",))
-def write_before(x):
-    h = x.sin()
-    k = h.cos()
-    h.add_(1)
-    return h * torch.rsqrt(rms(h)), k
-
-
-@matches("rms_norm", PLAIN, F32, levels=("dynamo",))
-def write_to_the_original_of_a_copy(x):
-    h = x.sin()
-    y = h.clone()
-    h.add_(1)
-    return y * torch.rsqrt(rms(y)), h
-
-
-@declines(WRITES, F32, levels=("dynamo",))
-def write_to_a_copy(x):
-    h = x.sin()
-    y = h.clone()
-    y.add_(1)
-    return y * torch.rsqrt(rms(y)), h
-
-
-@declines(WRITES, F32, levels=("dynamo",))
-def inverse_before_a_write_by_view(x):
-    h = x.sin()
-    view = h.unflatten(-1, (8, 8))[..., 0]
-    inverse = torch.rsqrt(rms(h))
-    view.zero_()
-    return h * inverse
-
-
-@declines(WRITES, F32, levels=("dynamo",))
-def inplace_activation_between(x):
-    h = x.sin()
-    inverse = torch.rsqrt(rms(h))
-    F.relu(h, inplace=True)
-    return h * inverse

@@ -1,0 +1,134 @@
+"""In-place writes in Dynamo graphs: which ones a norm may not span (AOTAutograd removes them)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from cases import PLAIN, declines, matches
+from cases_near_misses import DIFFERENT, F32, V, rms
+from cases_rounding import unit
+
+WRITES = r"writes in place"
+
+
+@declines(WRITES, F32, levels=("dynamo",))
+def write_between(x):
+    h = x.sin()
+    inverse = torch.rsqrt(rms(h))
+    h.add_(1)
+    return h * inverse
+
+
+@declines(WRITES, F32, levels=("dynamo",))
+def set_item_between(x):
+    h = x.sin()
+    inverse = torch.rsqrt(rms(h))
+    h[0] = 0
+    return h * inverse
+
+
+@declines(WRITES, F32, levels=("dynamo",))
+def write_to_a_view_between(x):
+    h = x.sin()
+    inverse = torch.rsqrt(rms(h))
+    h.view(16, 64)[3].mul_(2)
+    return h * inverse
+
+
+@declines(DIFFERENT, F32, levels=("dynamo",))
+def augmented_assignment_between(x):
+    h = x.sin()
+    inverse = torch.rsqrt(rms(h))
+    h *= 2
+    return h * inverse
+
+
+@declines(WRITES, F32, levels=("dynamo",))
+def out_argument_between(x):
+    h = x.sin()
+    inverse = torch.rsqrt(rms(h))
+    torch.add(h, 1, out=h)
+    return h * inverse
+
+
+@matches("rms_norm", PLAIN, F32, V, levels=("dynamo",))
+def weight_written_between(x, w):
+    v = w.sin()
+    h = torch.rsqrt(rms(x))
+    k = v.cos()
+    v.zero_()
+    return x * h * v, k
+
+
+@declines(WRITES, F32, levels=("dynamo",))
+def write_before(x):
+    h = x.sin()
+    k = h.cos()
+    h.add_(1)
+    return h * torch.rsqrt(rms(h)), k
+
+
+@matches("rms_norm", PLAIN, F32, levels=("dynamo",))
+def write_to_the_original_of_a_copy(x):
+    h = x.sin()
+    y = h.clone()
+    h.add_(1)
+    return y * torch.rsqrt(rms(y)), h
+
+
+@declines(WRITES, F32, levels=("dynamo",))
+def write_to_a_copy(x):
+    h = x.sin()
+    y = h.clone()
+    y.add_(1)
+    return y * torch.rsqrt(rms(y)), h
+
+
+@declines(WRITES, F32, levels=("dynamo",))
+def inverse_before_a_write_by_view(x):
+    h = x.sin()
+    view = h.unflatten(-1, (8, 8))[..., 0]
+    inverse = torch.rsqrt(rms(h))
+    view.zero_()
+    return h * inverse
+
+
+@declines(WRITES, F32, levels=("dynamo",))
+def inplace_activation_between(x):
+    h = x.sin()
+    inverse = torch.rsqrt(rms(h))
+    F.relu(h, inplace=True)
+    return h * inverse
+
+
+DYNAMO = {"levels": ("dynamo",)}
+
+
+@matches("rms_norm", PLAIN, "f32[2,8,64]", **DYNAMO)
+def same_expression_before_and_after_a_write(x):
+    h = x.sin()
+    a = h * 2
+    h.add_(1)
+    b = h * 2
+    return a, unit(b)
+
+
+@matches("rms_norm", PLAIN, "f32[2,8,64]", "f32[2,8,64]", **DYNAMO)
+def write_after_the_norm(x, y):
+    k = x.sin()
+    h = unit(k)
+    k.view(2, 8, 64).copy_(y)
+    return h, k
+
+
+@matches("rms_norm", PLAIN, "f32[2,8,64]", **DYNAMO)
+def result_of_an_in_place_add(x):
+    return unit(x.sin().add_(1))
+
+
+@matches("rms_norm", PLAIN, "f32[2,8,64]", "f32[2,8,64]", **DYNAMO)
+def unrelated_write_between(x, cache):
+    mean = x.pow(2).mean(-1, keepdim=True)
+    kept = cache.sin()
+    kept[0] = 0
+    return x * torch.rsqrt(mean + 1e-6), kept
