@@ -102,7 +102,7 @@ def _check_over_row(term: Term, core: Core, role: str, most: int) -> None:
     trimmed = tuple(found)
     while len(trimmed) > core.dims and facts.same(trimmed[0], 1):
         trimmed = trimmed[1:]
-    fits = core.dims <= len(trimmed) <= min(most, len(shape)) and (
+    fits = core.dims <= len(trimmed) <= min(most, max(core.dims, len(shape) - 1)) and (
         facts.same_shape(trimmed, tuple(shape[len(shape) - len(trimmed) :]))
     )
     if not fits:

@@ -11,7 +11,7 @@ from torch import fx
 from fxpass import matching, report, rewrite, verify
 from fxpass.errors import FxpassError
 from fxpass.options import Options
-from fxpass.plan import Decisions, decide, without
+from fxpass.plan import Decisions, Plan, decide, without
 from fxpass.report import Report
 
 log = logging.getLogger("fxpass")
@@ -66,15 +66,24 @@ def _steps(graph: fx.Graph, options: Options, change: bool) -> Report:
 def _without_dropped(
     decisions: Decisions, applied: rewrite.Applied, options: Options
 ) -> tuple[Decisions, list[str]]:
-    """Plans the rewrite dropped because they would have changed a tensor: a bug, said once."""
-    if not applied.dropped:
-        return decisions, []
-    if options.strict:
-        raise applied.dropped[0][1]
-    reasons = {plan: f"a bug in the pass: {error}" for plan, error in applied.dropped}
-    for reason in reasons.values():
-        warnings.warn(f"fxpass: {reason}; this norm runs as it was", RuntimeWarning, stacklevel=2)
-    return without(decisions, reasons), list(reasons.values())
+    """Moves plans the rewrite dropped to the declined ones.
+
+    A tensor that would have changed is a bug, said once; strides that nobody can compare before
+    run time are not.
+    """
+    reasons: dict[Plan, str] = {}
+    errors: list[str] = []
+    for plan, error in applied.dropped:
+        reasons[plan] = str(error)
+        if isinstance(error, verify.UnprovenError):
+            continue
+        if options.strict:
+            raise error
+        reasons[plan] = f"a bug in the pass: {error}"
+        errors.append(reasons[plan])
+        message = f"fxpass: {reasons[plan]}; this norm runs as it was"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return without(decisions, reasons), errors
 
 
 def _tell(found: Report) -> None:

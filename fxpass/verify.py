@@ -12,6 +12,10 @@ class VerifyError(RuntimeError):
     """A rewrite would change what a value is. A bug in fxpass, never the user's fault."""
 
 
+class UnprovenError(VerifyError):
+    """Symbolic strides that are equal only by a guard; the norm is left alone."""
+
+
 def same_tensor(old: fx.Node, new: fx.Node) -> None:
     """Raises VerifyError unless both nodes compute tensors of one shape, dtype and strides."""
     a, b = facts.of(old), facts.of(new)
@@ -22,6 +26,8 @@ def same_tensor(old: fx.Node, new: fx.Node) -> None:
     if not facts.same_shape(a.shape, b.shape):
         raise VerifyError(f"%{old.name} is {list(a.shape)}, its replacement {list(b.shape)}")
     if not _same_strides(a, b):
+        if not all(isinstance(step, int) for step in (*a.stride, *b.stride)):
+            raise UnprovenError("the result's strides are known only at run time")
         raise VerifyError(f"%{old.name} has strides {a.stride}, its replacement {b.stride}")
 
 
