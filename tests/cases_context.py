@@ -216,3 +216,8 @@ GAIN = (
 @matches("rms_norm", GAIN, "f32[8,8]")
 def gain_equal_to_eps(x):
     return x * ((1 / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 0.5)) * 0.5)
+
+
+@matches("rms_norm", PLAIN, "f32[6,16]", "f32[6,16]")
+def gate_as_large_as_x(x, gate):
+    return unit(x) * gate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases_rounding import unit
-from helpers import capture, changed, differences, tensor, tensors
+from helpers import capture, changed, differences, rewritten, tensor, tensors
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -196,3 +196,20 @@ def test_training_graphs_keep_their_values(name: str) -> None:
     assert not changed(forward)
     for level in captured.graphs("aten")[1:]:
         assert not changed(level)
+
+
+def heads_of_unknown_size(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    y = x.view(x.shape[0], x.shape[1], -1, 16).transpose(1, 2).float()
+    return w * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).to(w.dtype)
+
+
+def test_strides_known_only_at_run_time_are_declined() -> None:
+    # s6 == s69 // (s69 // 16) holds by a guard alone, so the strides cannot be compared.
+    inputs = tensors("bf16[2,8,96]", "bf16[16]")
+    level = capture(heads_of_unknown_size, inputs, dynamic=True).levels[-1]
+    _, report = rewritten(level)
+    assert not report.rewritten
+    assert [miss.reason for miss in report.declined] == [
+        "the result's strides are known only at run time"
+    ]
+    assert not changed(level)
