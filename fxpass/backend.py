@@ -268,12 +268,16 @@ def rewrite(
     open_norms(graph_module)
     if example_inputs:
         torch_private.propagate_fakes(graph_module, example_inputs)
-    found = pipeline.run(graph_module.graph, chosen)
+    found = Report()
+    for inner in graph_module.modules():  # bodies of cond, checkpoint and the like included
+        if isinstance(inner, fx.GraphModule):
+            made = pipeline.run(inner.graph, chosen)
+            if made.rewritten:
+                inner.recompile()
+            found.add(made)
     if not facts.has_any(graph_module.graph):
         reason = "the graph carries no shapes; pass example inputs: fxpass.rewrite(gm, *inputs)"
         found.declined.append(Decline("graph", reason))
-    if found.rewritten:
-        graph_module.recompile()
     _ledger.add(found)
     _check_expected(chosen, found)
     return found

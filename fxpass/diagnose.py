@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import fx
+
 from fxpass import facts
 from fxpass.dtypes import short
 from fxpass.formula import bare
@@ -25,7 +27,8 @@ def near_misses(table: TermTable, sites: Iterable[Site], named: set[str]) -> lis
     parents = table.parents()
     found: list[Decline] = []
     for root in table.terms():
-        if root.op not in _ROOTS or not root.nodes or root.nodes[0] in covered:
+        shown = _shown(root, parents)
+        if root.op not in _ROOTS or shown is None or shown in covered:
             continue
         reduction = _reduction_under(root)
         if reduction is None or _spoken_for(root, reduction, named, parents):
@@ -33,7 +36,7 @@ def near_misses(table: TermTable, sites: Iterable[Site], named: set[str]) -> lis
         applied = _applied(root, parents)
         reason = _reason(root, reduction, applied)
         if reason is not None:
-            found.append(_at(root, reason))
+            found.append(_at(shown, reason))
     return found
 
 
@@ -173,8 +176,15 @@ def _operand_reason(applied: Term, inner: Term) -> str:
     return "the operations between the mean and x are not a norm fxpass knows"
 
 
-def _at(term: Term, reason: str) -> Decline:
-    node = term.nodes[0]
+def _shown(root: Term, parents: dict[Term, list[Term]]) -> fx.Node | None:
+    """The node to name: the root's, or that of the composite operator it stands in."""
+    for term in (root, *parents.get(root, ())):
+        if term.nodes:
+            return term.nodes[0]
+    return None
+
+
+def _at(node: fx.Node, reason: str) -> Decline:
     return Decline(
         node.name, reason, facts.location(node), facts.source_line(node), facts.module_path(node)
     )

@@ -120,12 +120,11 @@ class _RowReader:
         if term.op == "div":
             if self._is_length(other):
                 return Step("div_n", dtype)
-            if known:
-                return (
-                    Step("mul_const", dtype, _f32(1.0 / known))
-                    if _power_of_two(known)
-                    else (decline(f"divided by {known}, which is not the row length", term))
-                )
+            if known and self.binds.get("root_length") is other:
+                self._check_root_length(known, term)
+                if _power_of_two(known):
+                    return Step("mul_const", dtype, _f32(1.0 / known))
+            decline(f"divided by {known}, which is not the row length", term)
         if term.op == "mul" and known is not None:
             length = facts.static(self.hidden)
             if self.binds.get("length") is other:

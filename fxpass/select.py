@@ -39,7 +39,7 @@ def choose(site: Site, options: Options, build: bool) -> Choice:
     hidden = facts.static(site.hidden)
     refusals: list[str] = []
     for kernel in candidates(options, platform):
-        reason = kernel.contract.refusal(spec, platform, hidden)
+        reason = kernel.refusal(spec, platform, hidden)
         if reason is None:
             reason = kernel.prepare(spec, hidden) if build else kernel.unavailable()
         if reason is None:
@@ -57,7 +57,7 @@ def prepare(sites: Iterable[Site], options: Options) -> None:
         spec, _ = _with_rounding(site.spec, options.rounding)
         platform, hidden = platform_of(site), facts.static(site.hidden)
         for kernel in candidates(options, platform):
-            if kernel.contract.refusal(spec, platform, hidden) is None:
+            if kernel.refusal(spec, platform, hidden) is None:
                 wanted.setdefault(kernel, {})[spec] = None
                 break
     for kernel, specs in wanted.items():

@@ -210,9 +210,15 @@ def _clamp_max(call: Call) -> Term | None:
 @spelled(aten.maximum.default, torch.maximum)
 def _maximum(call: Call) -> Term | None:
     a, b = call.term(0, "input", "self"), call.term(1, "other")
-    if a is None or b is None or number(b) is None:
+    if a is None or b is None:
         return None
-    return call.make("clamp_min", a, b)
+    if _is_scalar(b):
+        return call.make("clamp_min", a, b)
+    return call.make("clamp_min", b, a) if _is_scalar(a) else None
+
+
+def _is_scalar(term: Term) -> bool:
+    return number(term) is not None or term.shape == ()
 
 
 # --- reductions ------------------------------------------------------------------------------

@@ -28,7 +28,11 @@ def run_fake(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    if len({id(t.fake_mode) for t in tensors if isinstance(t, FakeTensor)}) > 1:
+    modes = {id(t.fake_mode): t.fake_mode for t in tensors if isinstance(t, FakeTensor)}
+    if len(modes) == 1:
+        # Not detect_fake_mode: inside a Dynamo backend it prefers Dynamo's other mode.
+        mode = next(iter(modes.values()))
+    elif modes:
         mode = FakeTensorMode()  # make_fx gives each input a mode of its own
         with mode:
             args = [_same_layout(a) if isinstance(a, torch.Tensor) else a for a in args]

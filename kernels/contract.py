@@ -157,6 +157,8 @@ class Kernel:
     """Why the kernel cannot run on this machine, found out without building anything."""
     prepare_all: Callable[[Iterable[NormSpec]], None] | None = None
     """Optional: prepares several specs at once, side by side; failures show in `prepare`."""
+    refuses: Callable[[NormSpec], str | None] = lambda spec: None
+    """What the contract's fields cannot say: why a spec does not fit, or None."""
     bound: Callable[[NormSpec], Callable[..., object]] | None = None
     """Optional: a faster callable (x, residual, weight, bias, eps) for one spec, which returns a
     tensor for one output and else a tuple."""
@@ -167,6 +169,10 @@ class Kernel:
     def provider(self) -> str:
         """The part of the name before the dot."""
         return self.name.partition(".")[0]
+
+    def refusal(self, spec: NormSpec, platform: str, hidden: int | None) -> str | None:
+        """Why this kernel does not take `spec`, in words, or None."""
+        return self.contract.refusal(spec, platform, hidden) or self.refuses(spec)
 
     def entry(self, spec: NormSpec) -> Callable[..., object]:
         """(x, residual, weight, bias, eps) -> a tensor, or a tuple if the spec has more outputs."""

@@ -121,4 +121,6 @@ def unavailable() -> str | None:
     return None
 
 
-KERNEL = Kernel("cpu.row", CONTRACT, launch, prepare, unavailable, prepare_all, bound=entry)
+KERNEL = Kernel(
+    "cpu.row", CONTRACT, launch, prepare, unavailable, prepare_all, cpu_source.refusal, entry
+)

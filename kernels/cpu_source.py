@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fxpass.dtypes import is_exact_cast, short
-from fxpass.spec import NormSpec, Step
+from fxpass.spec import NormSpec, Step, is_narrow
 
 C_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 OUTPUTS = ("out", "sum", "row")
@@ -44,6 +44,10 @@ def refusal(spec: NormSpec) -> str | None:
     reductions = [step.op in ("mean", "sum") for step in spec.row]
     if not reductions or not reductions[0] or any(reductions[1:]):
         return f"row program {','.join(map(str, spec.row))} must start with its only mean or sum"
+    if any(step.op == "rsqrt" and is_narrow(step.dtype) for step in spec.row):
+        # Eager's 16-bit rsqrt rounds the root too in the last elements of a tensor, so its bits
+        # depend on the number of rows: 30 % of bf16 values differ between the two places.
+        return "a 16-bit rsqrt, whose bits in eager depend on the row's place"
     if "out" not in spec.outputs or spec.outputs != tuple(o for o in OUTPUTS if o in spec.outputs):
         return f"outputs {','.join(spec.outputs)}, needs a part of {','.join(OUTPUTS)} with out"
     if "sum" in spec.outputs and spec.residual is None:

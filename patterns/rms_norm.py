@@ -30,6 +30,11 @@ FAMILIES = (
         "x / (x.norm() / sqrt(N)), without eps",
     ),
     Formula(
+        "rms_norm.by_norm_clamped",
+        lambda p, x, eps: p.over(x, p.at_least(p.rms(x), eps)),
+        "x / max(x.norm() / sqrt(N), eps) (lucidrains)",
+    ),
+    Formula(
         "rms_norm.weight_first",
         lambda p, x, w, eps: p.over_root(p.weight(w) * x, p.plus_eps(p.mean_square(x), eps)),
         "(w * x) * rsqrt(mean(x*x) + eps)",

@@ -15,6 +15,16 @@ def rms(x, dim=-1):
     return x.pow(2).mean(dim, keepdim=True) + 1e-6
 
 
+@declines("divided by 8.0, which is not the row length", "f32[2,8,64]")
+def sum_over_root_length(x):
+    return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / 8 + 1e-6)
+
+
+@declines("eps is added outside the root", "f32[2,8,64]")
+def eps_beside_a_norm(x):
+    return x / (x.norm(dim=-1, keepdim=True) + 1e-6)
+
+
 @declines("clipped", "f32[2,8,64]")
 def clip_to_length(x):
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -238,6 +238,20 @@ def norm_squared(x):
     return x * torch.rsqrt(n.pow(2) / 64 + 1e-6)
 
 
+@matches("rms_norm.by_norm_clamped",
+         NORM.format("mul_const(0.125):f32,clamp_eps:f32", "div_row:f32"), "f32[4,64]",
+         exact=False)  # fmt: skip
+def norm_clamped(x):
+    length = torch.norm(x, dim=-1, keepdim=True) * 64**-0.5
+    return x / length.clamp(min=1e-8)
+
+
+@matches("rms_norm.clamped", PLAIN.replace("add_eps", "clamp_eps"), "f32[4,64]")
+def maximum_of_tensor(x):
+    least = torch.tensor(1e-6)
+    return x * torch.rsqrt(torch.maximum(least, x.pow(2).mean(-1, keepdim=True)))
+
+
 @matches("rms_norm.by_norm", NORM.format("mul_const(0.125):f32", "div_row:f32"), "f32[4,64]",
          exact=False)  # fmt: skip
 def norm_over_root_length(x):

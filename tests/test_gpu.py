@@ -81,4 +81,5 @@ def test_gradients_match_eager(model, inputs):
     for got, want in zip(
         [leaf.grad for leaf in found] + [model.weight.grad], expected, strict=True
     ):
-        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)  # bf16 sums in other orders
+        # Sums of bf16 values in other orders: a few bf16 ulps of the largest gradient.
+        assert (got - want).abs().max() <= 0.02 * want.abs().max()

@@ -26,7 +26,7 @@ from kernel_cases import (
     ulps,
 )
 
-from fxpass.kernels import cpu, kernels, reference
+from fxpass.kernels import by_name, cpu, kernels, reference
 from fxpass.kernels.contract import Kernel
 from fxpass.spec import NormSpec, is_narrow
 
@@ -228,3 +228,12 @@ def test_cpu_entry_copies_what_it_cannot_stride():
     spread = torch.stack([given.weight, given.weight], -1)[:, 0]
     found = call(column, given.residual, spread, None, EPS)
     assert all(map(same_bits, found, wanted))
+
+
+def test_cpu_leaves_a_16_bit_rsqrt_to_eager_operators() -> None:
+    # Eager rounds bf16 rsqrt once in whole vectors and twice in the last elements of a tensor.
+    spec = NormSpec.parse(
+        "x=bf16 square=bf16 row=mean:bf16,add_eps:bf16,rsqrt:bf16 element=mul_row:bf16"
+    )
+    assert "rsqrt" in (by_name("cpu.row").refusal(spec, "cpu", 64) or "")
+    assert by_name("reference.eager").refusal(spec, "cpu", 64) is None

@@ -213,3 +213,37 @@ def test_strides_known_only_at_run_time_are_declined() -> None:
         "the result's strides are known only at run time"
     ]
     assert not changed(level)
+
+
+def test_rewrite_inside_a_dynamo_backend() -> None:
+    # Dynamo gives backends a fake mode of their own, other than the graph's.
+    reports = []
+
+    def backend(graph_module: fx.GraphModule, _: object) -> object:
+        reports.append(fxpass.rewrite(graph_module, **REFERENCE))
+        return graph_module.forward
+
+    (x,) = tensors("f32[4,64]")
+    torch.compile(
+        lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), backend=backend
+    )(x)
+    assert [len(report.rewritten) for report in reports] == [1]
+
+
+def test_rewrite_visits_the_bodies_of_checkpoints() -> None:
+    def body(x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    def checkpointed(x: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(body, x, use_reentrant=False)
+
+    reports = []
+
+    def backend(graph_module: fx.GraphModule, _: object) -> object:
+        reports.append(fxpass.rewrite(graph_module, **REFERENCE))
+        return graph_module.forward
+
+    (x,) = tensors("f32[4,64]")
+    out = torch.compile(checkpointed, backend=backend)(x)
+    assert sum(len(report.rewritten) for report in reports) == 1
+    torch.testing.assert_close(out, body(x), rtol=0, atol=0)
