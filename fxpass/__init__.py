@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fxpass.backend import (
-    Installed,
-    install,
-    last_report,
-    reset_report,
-    rewrite,
-    rmsnorm_backend,
-)
+from fxpass.backend import rewrite, rmsnorm_backend
 from fxpass.capture import explain
 from fxpass.errors import FxpassError, OptionsError
+from fxpass.hooks import Installed, install
+from fxpass.ledger import last_report, reset_report
 from fxpass.options import Options
 from fxpass.report import Report
 from fxpass.sites import Decline
@@ -45,7 +40,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # RMSNormPass derives from a class inside Inductor, which costs a second to import.
     if name == "RMSNormPass":
-        from fxpass.backend import pass_class
+        from fxpass.hooks import pass_class
 
         return pass_class()
     raise AttributeError(f"module 'fxpass' has no attribute {name!r}")

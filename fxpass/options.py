@@ -39,7 +39,7 @@ class Options:
             names = tuple(part.strip() for part in self.providers.split(",") if part.strip())
             object.__setattr__(self, "providers", names or ("auto",))
         else:
-            object.__setattr__(self, "providers", tuple(self.providers))
+            object.__setattr__(self, "providers", _names_of(self.providers))
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("numerics", self.numerics, NUMERICS)
         for name in ("fuel", "expect"):
@@ -54,9 +54,22 @@ class Options:
 
         Raises OptionsError, naming the nearest known option, if a name is unknown.
         """
+        if given is not None and not isinstance(given, (Options, Mapping)):
+            raise OptionsError(
+                f"options: found {type(given).__name__}, needs fxpass.Options or a mapping"
+            )
         if isinstance(given, Options):
             return dataclasses.replace(given, **_known(changes)) if changes else given
         return cls(**{**_from_environment(), **_known(dict(given or {})), **_known(changes)})
+
+
+def _names_of(providers: object) -> tuple[str, ...]:
+    listed = tuple(providers) if isinstance(providers, (list, tuple)) else ()
+    if not listed or not all(isinstance(name, str) for name in listed):
+        raise OptionsError(
+            f"options: providers={providers!r}; use names, for example ('cpu', 'reference')"
+        )
+    return listed
 
 
 def names() -> tuple[str, ...]:
@@ -72,7 +85,7 @@ def cache_dir_override() -> str | None:
 def unknown_name(kind: str, name: object, known: tuple[str, ...]) -> str:
     """One line for a name that is not known, with the nearest one that is."""
     near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f", did you mean {near[0]!r}?" if near else ";"
     return f"options: {kind} {name!r} is unknown{hint} known: {', '.join(known)}"
 
 

@@ -68,11 +68,21 @@ def compile_fx(
     graph_module: fx.GraphModule,
     inputs: Sequence[Any],
     patches: dict[str, Any],
+    look: Callable[[fx.GraphModule, Callable[[], Any]], Any],
 ) -> Callable[..., Any]:
-    """Inductor's entry point, with config patches held while it runs (backward included)."""
-    from torch._inductor.compile_fx import compile_fx as inductor_compile
+    """Inductor's entry point, with config patches held while it runs (backward included).
 
-    compiled: Any = inductor_compile(graph_module, inputs, config_patches=patches)
+    `look` is called with each ATen graph and what compiles it.
+    """
+    from torch._inductor.compile_fx import compile_fx as inductor_compile
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    def inner(graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        return look(graph, lambda: compile_fx_inner(graph, *args, **kwargs))
+
+    compiled: Any = inductor_compile(
+        graph_module, inputs, inner_compile=inner, config_patches=patches
+    )
     return cast("Callable[..., Any]", compiled)
 
 

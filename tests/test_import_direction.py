@@ -24,7 +24,7 @@ MODULES = """
     kernels.registry kernels
     select layout plan ops
     verify rewrite sampling report tables remembered modules printing
-    pipeline capture backend
+    pipeline capture ledger hooks backend
     fxpass
 """.split()
 
