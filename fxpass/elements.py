@@ -32,6 +32,9 @@ def read_element(anchor: Term, core: Core, binds: Binds) -> tuple[Step, ...]:
     while exact(term) is not core.x:
         if term.shape is None or not facts.same_shape(tuple(term.shape), shape):
             decline("the result is broadcast to another shape", term)
+        if term.op == "copy":
+            term = term.args[0]
+            continue
         dtype = known_dtype(term)
         term, step = _element_step(term, dtype, core, binds)
         if step is not None:

@@ -132,8 +132,8 @@ def _match_all(
 
 
 def bare(term: Term) -> Term:
-    """A value per row without casts, views and expansions over the row."""
-    while term.op in ("cast", "view", "expand"):
+    """A value per row without casts, copies, views and expansions over the row."""
+    while term.op in ("cast", "copy", "view", "expand"):
         term = term.args[0]
     return term
 

@@ -143,9 +143,10 @@ def _output_chain(
     restride: bool,
 ) -> tuple[LayoutNode, ...]:
     chain: list[LayoutNode] = []
-    shape = x.shape if order is None else _permuted(x.shape, list(order))
+    base = x.shape
     if role == "row":
-        shape = (*shape[: len(shape) - site.dims], *([1] * site.dims))
+        base = (*base[: len(base) - site.dims], *([1] * site.dims))
+    shape = base if order is None else _permuted(base, list(order))
     flat = needs.rank == 2 and len(shape) != 2
     if flat or site.dims > 1:
         chain.append(LayoutNode("shape", role, shape=tuple(shape)))
@@ -156,14 +157,14 @@ def _output_chain(
     found = facts.of(target[0])
     if found is None:
         raise LayoutError(f"{role} has no known strides")
-    if not facts.same_shape(found.shape, x.shape if role != "row" else shape):
+    if not facts.same_shape(found.shape, base):
         chain.append(LayoutNode("shape", role, shape=found.shape))
-    if (restride and role == "out") or (role == "sum" and not _same_memory(found, x, order)):
+    if (restride and role == "out") or (role != "out" and not _same_memory(found, order)):
         chain.append(_restride(role, found))
     return tuple(chain)
 
 
-def _same_memory(found: TensorFacts, x: TensorFacts, order: tuple[int, ...] | None) -> bool:
+def _same_memory(found: TensorFacts, order: tuple[int, ...] | None) -> bool:
     """True if the contiguous kernel output, permuted back, has the strides eager gives."""
     dims = list(order) if order is not None else list(range(found.ndim))
     if len(dims) != found.ndim:

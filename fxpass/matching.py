@@ -22,7 +22,7 @@ from fxpass.residual import Residual, residuals
 from fxpass.sites import Decline, Found, Site
 from fxpass.spec import NormSpec
 from fxpass.terms import Term, TermTable, exact
-from fxpass.uses import Uses, region
+from fxpass.uses import Uses, computing, region
 
 _MAX_FINISH = 8
 """Longest walk from the normalised value to the end of a finish, in terms."""
@@ -123,20 +123,33 @@ class _Search:
         taken: set[fx.Node] = set()
         reasons: list[Declined] = []
         for candidate in self._finishes(core_term, binds):
-            if taken.issuperset(candidate.anchor.nodes):
-                continue
-            for residual in residuals(core.x, core.dims, self._taken_sums):
-                try:
-                    site = self._build(family, core, candidate, residual)
-                except Declined as declined:
-                    reasons.append(declined)
+            # Equal values computed by several nodes are several tensors: each gets its own kernel.
+            for node in computing(candidate.anchor.nodes):
+                if node in taken:
                     continue
-                sites.append(site)
-                taken.update(site.interior)
-                break
+                site = self._first_reading(family, core, candidate, node, reasons)
+                if site is not None:
+                    sites.append(site)
+                    taken.update(site.interior)
         if not sites:
             raise _most_telling(reasons)
         return sites
+
+    def _first_reading(
+        self,
+        family: Formula,
+        core: Core,
+        candidate: _Candidate,
+        node: fx.Node,
+        reasons: list[Declined],
+    ) -> Site | None:
+        """The site with a residual add if there is one to take, else the plain one, else None."""
+        for residual in residuals(core.x, core.dims, self._taken_sums):
+            try:
+                return self._build(family, core, candidate, residual, node)
+            except Declined as declined:
+                reasons.append(declined)
+        return None
 
     def _finishes(self, core_term: Term, binds: Binds) -> list[_Candidate]:
         """All ways this normalised value may end, longest first."""
@@ -151,7 +164,12 @@ class _Search:
         return sorted(found, key=lambda candidate: -candidate.size)
 
     def _build(
-        self, family: Formula, core: Core, candidate: _Candidate, residual: Residual | None
+        self,
+        family: Formula,
+        core: Core,
+        candidate: _Candidate,
+        residual: Residual | None,
+        node: fx.Node,
     ) -> Site:
         weight = read_weight(candidate.binds, core)
         bias = read_bias(candidate.binds, core)
@@ -160,14 +178,16 @@ class _Search:
         inside = region(candidate.anchor, leaves)
         if residual is not None:
             inside |= residual.inside
-        uses = Uses(candidate.anchor, inside, core, residual)
+        uses = Uses(candidate.anchor, node, inside, core, residual)
         outputs = (
             "out",
             *(["sum"] if uses.sum_nodes else []),
             *(["row"] if uses.row_nodes else []),
         )
         spec = _spec(core, element, weight, bias, residual, outputs)
-        site = _assemble(family, candidate, core, spec, weight, bias, residual, uses, self.order)
+        site = _assemble(
+            family, candidate, core, spec, weight, bias, residual, uses, self.order, node
+        )
         self._check_order(site)
         mutation.check(site, self.effects, self.order)
         if residual is not None:
@@ -239,21 +259,28 @@ def _assemble(
     residual: Residual | None,
     uses: Uses,
     order: dict[fx.Node, int],
+    anchor: fx.Node,
 ) -> Site:
     finish = candidate.formula.name
-    anchor = candidate.anchor.nodes[0]
+    read = {source for node in uses.nodes for source in node.all_input_nodes}
+
+    def node_of(term: Term) -> fx.Node:
+        """The node of a term; of several equal ones, the one this norm reads."""
+        nodes = (term if term.nodes else exact(term)).nodes
+        return next((node for node in nodes if node in read), nodes[0])
+
     return Site(
         variant=f"{family.name}.{finish}" if finish else family.name,
         spec=spec,
-        x=_node(core.x if residual is None else residual.x),
-        residual=None if residual is None else _node(residual.other),
-        weight=None if weight is None else _node(weight.term),
-        bias=None if bias is None else _node(bias.term),
+        x=node_of(core.x if residual is None else residual.x),
+        residual=None if residual is None else node_of(residual.other),
+        weight=None if weight is None else node_of(weight.term),
+        bias=None if bias is None else node_of(bias.term),
         eps=core.eps or 0.0,
-        eps_node=None if core.eps_term is None else _node(core.eps_term),
+        eps_node=None if core.eps_term is None else core.eps_term.nodes[0],
         dims=core.dims,
         hidden=core.hidden,
-        out_nodes=tuple(candidate.anchor.nodes),
+        out_nodes=(anchor,),
         sum_nodes=uses.sum_nodes,
         row_nodes=uses.row_nodes,
         interior=tuple(sorted(uses.nodes, key=order.__getitem__)),
@@ -261,7 +288,3 @@ def _assemble(
         source=facts.source_line(anchor),
         module=facts.module_path(anchor),
     )
-
-
-def _node(term: Term) -> fx.Node:
-    return (term if term.nodes else exact(term)).nodes[0]

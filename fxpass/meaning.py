@@ -83,7 +83,7 @@ class _RowReader:
 
     def steps(self, term: Term) -> list[Step]:
         """The steps that compute `term` from the sum of squares."""
-        if term.op == "view":
+        if term.op in ("view", "copy"):
             return self.steps(term.args[0])
         if term.op == "expand":
             decline("the value per row is expanded inside the root", term)
@@ -124,7 +124,8 @@ class _RowReader:
                 self._check_root_length(known, term)
                 if _power_of_two(known):
                     return Step("mul_const", dtype, _f32(1.0 / known))
-            decline(f"divided by {known}, which is not the row length", term)
+            shown = "a tensor" if known is None else f"{known}"
+            decline(f"divided by {shown}, which is not the row length", term)
         if term.op == "mul" and known is not None:
             length = facts.static(self.hidden)
             if self.binds.get("length") is other:

@@ -104,9 +104,11 @@ def _module_writes(node: fx.Node) -> bool:
 
 
 def _named_inplace(node: fx.Node, first: list[fx.Node]) -> list[fx.Node]:
-    """Torch functions named like `torch.relu_`; and `inplace=True`."""
+    """Torch functions named like `torch.relu_`, `torch._foreach_mul_`; and `inplace=True`."""
     name = getattr(node.target, "__name__", "")
     plain = name.endswith("_") and not name.endswith("__") and not hasattr(node.target, "_schema")
+    if plain and not first:
+        return list(node.all_input_nodes)  # a list of tensors comes first
     return first if plain or node.kwargs.get("inplace") is True else []
 
 

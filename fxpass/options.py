@@ -85,7 +85,7 @@ def cache_dir_override() -> str | None:
 def unknown_name(kind: str, name: object, known: tuple[str, ...]) -> str:
     """One line for a name that is not known, with the nearest one that is."""
     near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f", did you mean {near[0]!r}?" if near else ";"
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
     return f"options: {kind} {name!r} is unknown{hint} known: {', '.join(known)}"
 
 

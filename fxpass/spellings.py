@@ -39,18 +39,25 @@ def _cast(call: Call) -> Term | None:
     return source if found.dtype == call.result.dtype else call.make("cast", source)
 
 
-@spelled(
-    aten.clone.default, aten.alias.default, aten.lift_fresh_copy.default, aten.contiguous.default,
-    "contiguous", "clone", torch.clone,
-)  # fmt: skip
+@spelled(aten.alias.default, aten.contiguous.default, "contiguous")
 def _same(call: Call) -> Term | None:
-    """A copy is its source, unless memory is written or the copy is laid out otherwise."""
+    """The same tensor, unless memory is written or the result is laid out otherwise."""
     source = call.term(0, "self", "input")
-    if source is None or not source.nodes or call.table.writes:
-        return None
+    return source if source is not None and _same_layout(call, source) else None
+
+
+@spelled(aten.clone.default, aten.lift_fresh_copy.default, "clone", torch.clone)
+def _copy(call: Call) -> Term | None:
+    """The same value in memory of its own, under the same conditions."""
+    source = call.term(0, "self", "input")
+    return call.make("copy", source) if source is not None and _same_layout(call, source) else None
+
+
+def _same_layout(call: Call, source: Term) -> bool:
+    if not source.nodes or call.table.writes:
+        return False
     found = facts.of(source.nodes[0])
-    same = found is not None and facts.same_shape(found.stride, call.result.stride)
-    return source if same else None
+    return found is not None and facts.same_shape(found.stride, call.result.stride)
 
 
 @spelled(

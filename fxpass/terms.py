@@ -110,8 +110,8 @@ class TermTable:
 
 
 def exact(term: Term) -> Term:
-    """The term without casts that cannot round: the same value, maybe in a narrower dtype."""
-    while term.op == "cast" and _exact(term):
+    """The term without copies and casts that cannot round: the same value, maybe narrower."""
+    while term.op == "copy" or (term.op == "cast" and _exact(term)):
         term = term.args[0]
     return term
 
@@ -123,6 +123,6 @@ def _exact(term: Term) -> bool:
 
 def number(term: Term) -> float | None:
     """The value of a constant term (through casts), or None."""
-    while term.op in ("cast", "view", "expand"):
+    while term.op in ("cast", "copy", "view", "expand"):
         term = term.args[0]
     return term.params[0] if term.op == "const" else None

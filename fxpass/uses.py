@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import fx
 
@@ -46,9 +46,14 @@ class Uses:
     """
 
     def __init__(
-        self, anchor: Term, inside: set[Term], core: Core, residual: Residual | None
+        self,
+        anchor: Term,
+        node: fx.Node,
+        inside: set[Term],
+        core: Core,
+        residual: Residual | None,
     ) -> None:
-        self.nodes = _feeding(anchor.nodes, {node for term in inside for node in term.nodes})
+        self.nodes = _feeding(node, {node for term in inside for node in term.nodes})
         self.sum_nodes: tuple[fx.Node, ...] = ()
         self.row_nodes: tuple[fx.Node, ...] = ()
         self._total = None if residual is None else residual.total
@@ -65,6 +70,9 @@ class Uses:
         read = [node for node in nodes if any(map(self._reads, node.users))]
         if not read:
             return
+        if term in (self._total, self._row) and len(computing(nodes)) > 1:
+            # One output for both would make two tensors of the source share memory.
+            raise Declined(f"{term.op} is computed twice and read outside", nodes[0].name)
         if term is self._total:
             self.sum_nodes = nodes
         elif len(read) < len(nodes):
@@ -81,10 +89,15 @@ class Uses:
         return (user not in self.nodes or user in self._kept) and not is_passive(user)
 
 
-def _feeding(anchors: list[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
-    """The nodes the anchors are computed from; equal ones elsewhere in the graph are not ours."""
+def computing(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Of the nodes of one term, those that make a tensor; the rest pass one of these on."""
+    return [node for node in nodes if not any(source in nodes for source in node.all_input_nodes)]
+
+
+def _feeding(anchor: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
+    """The nodes the anchor is computed from; equal ones elsewhere in the graph are not ours."""
     found: set[fx.Node] = set()
-    stack = list(anchors)
+    stack = [anchor]
     while stack:
         node = stack.pop()
         if node in inside and node not in found:
@@ -95,14 +108,14 @@ def _feeding(anchors: list[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
 
 def _row_value(row: Term) -> Term:
     """The last value per row that is computed, not only reshaped or widened."""
-    while row.op in ("view", "expand") or (row.op == "cast" and exact(row) is not row):
+    while row.op in ("view", "expand", "copy") or (row.op == "cast" and exact(row) is not row):
         row = row.args[0]
     return row
 
 
 def _cheap(term: Term) -> bool:
     """Nodes that may stay for their other readers: exact casts, views, weight preparation."""
-    if term.op in ("view", "expand", "cast"):
+    if term.op in ("view", "expand", "copy", "cast"):
         return term.op != "cast" or exact(term) is not term
     return (
         term.op == "add"

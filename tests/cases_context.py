@@ -86,7 +86,7 @@ def two_weights_share_the_normalised_value(x, w, v):
     return h * w, h * v
 
 
-@matches("rms_norm", PLAIN.replace("x=f32", "x=bf16"), X, W, W, more=((NAME, LLAMA),) * 2)
+@matches(NAME, LLAMA, X, W, W, more=((NAME, LLAMA), ("rms_norm", PLAIN.replace("x=f32", "x=bf16"))))
 def normalised_value_computed_thrice(x, w, v):
     return llama(x, w), llama(x, v), unit(x)
 

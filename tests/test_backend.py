@@ -288,3 +288,42 @@ def test_caches_cold_warm_and_with_other_options(tmp_path) -> None:
         assert done.returncode == 0, done.stderr[-2000:]
         seen.append(done.stdout.split())
     assert seen == [["False", "1"], ["True", "1"], ["False", "1"]]
+
+
+def test_expect_holds_where_another_graph_left_the_code_in_the_cache() -> None:
+    def spelled_otherwise(x, w):
+        h = x.to(torch.float32)
+        h = h * torch.rsqrt(torch.pow(h, 2).mean(-1, keepdim=True) + 1e-6)
+        return w * h.to(w.dtype)
+
+    fresh = torch._inductor.utils.fresh_cache
+    with torch.no_grad(), fresh(), CONFIG.patch(fx_graph_cache=True):
+        _compiled(llama, expect=1)(X, W)
+        _compiled(spelled_otherwise, expect=1)(X, W)  # the same ATen graph: a hit
+    assert _rewritten() == 2
+
+
+def test_passes_leave_the_hook_in_any_order() -> None:
+    first, second, third = fxpass.install(), fxpass.install(), fxpass.install()
+    for installed in (second, first, third):
+        installed.uninstall()
+    assert CONFIG.post_grad_custom_pre_pass is None
+
+
+def test_training_a_norm_of_transposed_heads() -> None:
+    def heads(x, w):
+        return llama(x.view(2, 4, 2, 32).transpose(1, 2), w)
+
+    x, w = tensors("!bf16[2,4,64]", "!bf16[32]")
+    out = _compiled(heads, expect=1)(x, w)
+    assert torch.equal(out, heads(x, w))
+    assert out.stride() == heads(x, w).stride()
+    found = torch.autograd.grad(out.float().square().sum(), (x, w))
+    wanted = torch.autograd.grad(heads(x, w).float().square().sum(), (x, w))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)  # Inductor's own bf16 roundings
+
+
+def test_a_hook_does_not_take_expect() -> None:
+    with pytest.raises(fxpass.OptionsError, match="expect is for the backend"):
+        fxpass.install(expect=1)

@@ -120,7 +120,7 @@ def inverse_without_gradient(x):
 def norm_without_gradient(x):
     y = x.sin()
     with torch.no_grad():
-        h = unit(y)
+        h = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
     return h * x
 
 
@@ -247,3 +247,41 @@ def test_rewrite_visits_the_bodies_of_checkpoints() -> None:
     out = torch.compile(checkpointed, backend=backend)(x)
     assert sum(len(report.rewritten) for report in reports) == 1
     torch.testing.assert_close(out, body(x), rtol=0, atol=0)
+
+
+WEIGHTED = {
+    "the_same_norm_twice": lambda x, w: (weighted(x, w), weighted(x, w)),
+    "a_clone": lambda x, w: (lambda o: (o, o.clone()))(weighted(x, w)),
+    "sums_made_twice": lambda x, w: (lambda a, b: (weighted(a, w), weighted(b, w), a, b))(
+        x + x.sin(), x + x.sin()
+    ),
+}
+
+
+def weighted(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return w * unit(x).to(w.dtype)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("at_aten", [False, True])
+def test_tensors_that_eager_keeps_apart_share_no_memory(name: str, at_aten: bool) -> None:
+    inputs = tensors("bf16[4,64]", "bf16[64]")
+    level = capture(WEIGHTED[name], inputs, aten=at_aten).levels[-1]
+    assert fxpass.rewrite(level.graph_module, **REFERENCE).rewritten
+    results = level.graph_module(*level.inputs)
+    addresses = [result.data_ptr() for result in results]
+    assert len(set(addresses)) == len(addresses)
+
+
+def test_a_write_through_a_list_of_tensors_is_seen() -> None:
+    def scaled_inside(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        h = x.clone()
+        variance = h.float().pow(2).mean(-1, keepdim=True)
+        torch._foreach_mul_([h], 2.0)
+        return (h.float() * torch.rsqrt(variance + 1e-6)).to(w.dtype) * w
+
+    inputs = tensors("bf16[4,64]", "bf16[64]")
+    level = capture(scaled_inside, inputs, aten=False).levels[-1]
+    report = fxpass.rewrite(level.graph_module, **REFERENCE)
+    assert not report.rewritten
+    assert "writes in place" in report.declined[0].reason
