@@ -160,8 +160,9 @@ class Installed:
     def uninstall(self) -> None:
         """Take our pass out again, in any order; what else is in the hook stays."""
         left = [step for step in _steps(getattr(self._config, HOOK)) if step is not self.rms_pass]
-        untouched = left == _steps(self._before)
-        setattr(self._config, HOOK, self._before if untouched or not left else _joined(left))
+        as_before = left == _steps(self._before)  # then put back the very object, a list say
+        rest = _joined(left) if left else None
+        setattr(self._config, HOOK, self._before if as_before else rest)
 
     def __enter__(self) -> Installed:
         return self
