@@ -178,10 +178,8 @@ def _operand_reason(applied: Term, inner: Term) -> str:
 
 def _shown(root: Term, parents: dict[Term, list[Term]]) -> fx.Node | None:
     """The node to name: the root's, or that of the composite operator it stands in."""
-    for term in (root, *parents.get(root, ())):
-        if term.nodes:
-            return term.nodes[0]
-    return None
+    nodes: list[fx.Node] = [n for term in (root, *parents.get(root, ())) for n in term.nodes]
+    return nodes[0] if nodes else None
 
 
 def _at(node: fx.Node, reason: str) -> Decline:
