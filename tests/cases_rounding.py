@@ -289,10 +289,12 @@ def normalize_in_16_bit(x):
 
 
 ZAYA = "x=bf16 row=sum:f32,sqrt:f32,cast:bf16,{},reciprocal:bf16,mul_const(8.0):bf16"
+ZAYA_ATEN = ZAYA.format("clamp_eps:f32,cast:bf16")
+if torch.__version__ < "2.13":  # vector_norm of bf16 decomposed without a rounding of its own
+    ZAYA_ATEN = ZAYA_ATEN.replace("sqrt:f32,cast:bf16", "sqrt:f32")
 
 
 @matches("l2_norm.normalize", ZAYA.format("clamp_eps:bf16") + " element=mul_row:bf16", X,
-         aten=("l2_norm.normalize", ZAYA.format("clamp_eps:f32,cast:bf16") +
-               " element=mul_row:bf16"))  # fmt: skip
+         aten=("l2_norm.normalize", ZAYA_ATEN + " element=mul_row:bf16"))  # fmt: skip
 def zaya(x):
     return x * (x.norm(p=2, dim=-1, keepdim=True).clamp(min=1e-6).reciprocal() * 8.0)
