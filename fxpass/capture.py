@@ -12,6 +12,7 @@ from fxpass import pipeline, torch_private
 from fxpass.options import Options
 from fxpass.report import Report
 from fxpass.select import check_providers
+from fxpass.sites import Decline
 
 
 def explain(
@@ -36,7 +37,14 @@ def explain(
         report.add(pipeline.dry_run(graph, chosen))
 
     torch_private.visit_post_grad_graphs(model, args, kwargs, plan)
+    if not report.rewritten and _on_meta((*args, *kwargs.values())):
+        reason = "inputs are on the meta device, where Inductor folds the computation away;"
+        report.declined.append(Decline("graph", f"{reason} use FakeTensorMode on a real device"))
     return report
+
+
+def _on_meta(values: Sequence[Any]) -> bool:
+    return any(isinstance(v, torch.Tensor) and v.device.type == "meta" for v in values)
 
 
 def graphs(
