@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxpass import facts, mutation
+from fxpass.diagnose import near_misses
 from fxpass.elements import Factor, read_bias, read_element, read_weight
 from fxpass.errors import Declined
 from fxpass.formula import Binds, Formula
@@ -38,8 +39,6 @@ class _Candidate:
 
 def find(graph: fx.Graph) -> Found:
     """Every norm of a graph, and every near miss with its reason."""
-    from fxpass.diagnose import near_misses
-
     effects = mutation.effects(graph)
     table = lift(graph, {writer for writer, _ in effects.writes})
     search = _Search(graph, table, effects)

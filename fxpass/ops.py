@@ -7,7 +7,6 @@ name. Kernel and spec travel as text, so a graph can be printed, saved and cache
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -152,8 +151,3 @@ def op_for(outputs: Sequence[str]) -> Any:
 def is_ours(target: Any) -> bool:
     """True for the operators of this module."""
     return target in _PACKETS.values()
-
-
-def finite(eps: float) -> bool:
-    """True if eps can be written into a graph as a literal."""
-    return math.isfinite(eps)

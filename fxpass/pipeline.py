@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from fxpass import matching, report, rewrite, verify
+from fxpass import matching, report, rewrite, sampling, verify
 from fxpass.errors import FxpassError
 from fxpass.options import Options
 from fxpass.plan import Decisions, Plan, decide, without
@@ -69,8 +69,6 @@ def _steps(graph: fx.Graph, options: Options, change: bool) -> Report:
     found = matching.find(graph)
     decisions: Decisions = decide(found, options, build=change or options.verify)
     if options.verify:
-        from fxpass import sampling
-
         decisions = sampling.refuse_what_differs(decisions)
     errors: list[str] = []
     if change and decisions.plans:

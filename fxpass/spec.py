@@ -15,7 +15,6 @@ but the order in which the squares are added. This module knows nothing of torch
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from dataclasses import dataclass
 
@@ -156,10 +155,6 @@ class NormSpec:
         if scales and any(narrow[: scales[0]]):
             return Rounding.CAST_THEN_SCALE
         return Rounding.SCALE_THEN_CAST
-
-    def without_outputs(self) -> NormSpec:
-        """The same norm returning `out` alone."""
-        return dataclasses.replace(self, outputs=("out",))
 
     def __str__(self) -> str:
         parts = [f"x={short(self.x)}"]

@@ -148,17 +148,6 @@ def inductor_cache_dir() -> str:
     return str(cache_dir())
 
 
-def log_artifact(name: str, payload: Callable[[], str]) -> None:
-    """Write a structured trace artifact (TORCH_TRACE / tlparse), if tracing is on."""
-    from torch._logging._internal import trace_structured
-
-    trace_structured(
-        "artifact",
-        metadata_fn=lambda: {"name": name, "encoding": "string"},
-        payload_fn=payload,
-    )
-
-
 def call_directly(op: Any, calls: Mapping[str, Callable[..., Any]]) -> None:
     """Make Inductor's generated Python call kernels instead of the dispatcher.
 
