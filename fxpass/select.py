@@ -108,7 +108,10 @@ def _with_rounding(spec: NormSpec, rounding: str) -> tuple[NormSpec, str]:
 
 
 def _reordered(spec: NormSpec, rounding: Rounding) -> NormSpec:
-    """Moves the cast before or after the weight multiply; other programs are left alone."""
+    """Moves the cast before or after the weight multiply.
+
+    Other programs are left alone, and so are results whose dtype would change with the order.
+    """
     ops = [step.op for step in spec.element]
     apply = spec.element[0]
     narrow = [step.dtype for step in spec.element if is_narrow(step.dtype)]
@@ -120,4 +123,5 @@ def _reordered(spec: NormSpec, rounding: Rounding) -> NormSpec:
         moved = (apply, cast, dataclasses.replace(scale, dtype=narrow[-1]))
     else:
         moved = (apply, dataclasses.replace(scale, dtype=torch.float32), cast)
-    return dataclasses.replace(spec, element=moved)
+    changed = dataclasses.replace(spec, element=moved)
+    return changed if changed.out == spec.out else spec

@@ -125,3 +125,15 @@ def test_fuel_takes_the_first_sites(level) -> None:
         assert len(report.declined) == 3 - fuel
         assert all(miss.reason == f"out of fuel ({fuel})" for miss in report.declined)
         assert not changed(chain, options)
+
+
+def test_an_override_never_changes_the_dtype() -> None:
+    # A float32 weight makes Llama's order return float32; one last cast would make it bf16.
+    def promoted(x, w):
+        return w * unit(x).to(torch.bfloat16)
+
+    graph = capture(promoted, tensors("bf16[2,8,64]", "f32[64]")).graphs("aten")[0].graph_module
+    report = fxpass.rewrite(
+        graph, providers=("reference",), rounding="scale_then_cast", strict=True
+    )
+    assert [site.rounding for site in report.rewritten] == ["cast_then_scale"]
