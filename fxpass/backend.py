@@ -121,6 +121,7 @@ def rewrite(
         )
     chosen = Options.make(options, **changes)
     check_providers(chosen)
+    chosen.refuse_numerics("rewrite")
     open_norms(graph_module)
     if example_inputs:
         torch_private.propagate_fakes(graph_module, example_inputs)

@@ -36,6 +36,15 @@ def _source_hash() -> str:
     return digest.hexdigest()
 
 
+def _refuse_for_hook(options: Options) -> None:
+    if options.expect is not None:
+        raise OptionsError(
+            "options: expect is for the backend and rewrite; a hook also sees graphs"
+            " without norms (backward, pieces after a graph break)"
+        )
+    options.refuse_numerics("a hook")
+
+
 def _make_pass_class() -> type:
     base = torch_private.custom_graph_pass_base()
 
@@ -54,11 +63,8 @@ def _make_pass_class() -> type:
         ) -> None:
             self.options = Options.make(options, **changes)
             check_providers(self.options)
-            if self.options.expect is not None and not _from_backend:
-                raise OptionsError(
-                    "options: expect is for the backend and rewrite; a hook also sees graphs"
-                    " without norms (backward, pieces after a graph break)"
-                )
+            if not _from_backend:
+                _refuse_for_hook(self.options)
             self.report = Report()
             _direct_calls()
 

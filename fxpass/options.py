@@ -62,6 +62,14 @@ class Options:
             return dataclasses.replace(given, **_known(changes)) if changes else given
         return cls(**{**_from_environment(), **_known(dict(given or {})), **_known(changes)})
 
+    def refuse_numerics(self, where: str) -> None:
+        """Raises OptionsError if `numerics` is set: `where` says who cannot act on it."""
+        if self.numerics != "default":
+            raise OptionsError(
+                f"options: numerics={self.numerics!r} is for the backend; {where} does not compile"
+                " the rest of the graph, set torch._inductor.config.emulate_precision_casts there"
+            )
+
 
 def _names_of(providers: object) -> tuple[str, ...]:
     listed = tuple(providers) if isinstance(providers, (list, tuple)) else ()

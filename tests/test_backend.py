@@ -327,3 +327,12 @@ def test_training_a_norm_of_transposed_heads() -> None:
 def test_a_hook_does_not_take_expect() -> None:
     with pytest.raises(fxpass.OptionsError, match="expect is for the backend"):
         fxpass.install(expect=1)
+
+
+def test_numerics_is_refused_where_the_rest_of_the_graph_is_out_of_reach() -> None:
+    with pytest.raises(fxpass.OptionsError, match="numerics='eager' is for the backend; a hook"):
+        fxpass.install(numerics="eager")
+    with pytest.raises(fxpass.OptionsError, match="a hook"):
+        fxpass.RMSNormPass({"numerics": "eager"})
+    with pytest.raises(fxpass.OptionsError, match="rewrite"):
+        fxpass.rewrite(torch.fx.symbolic_trace(torch.nn.Identity()), numerics="eager")
