@@ -20,6 +20,7 @@ MODULES = """
     patterns.finish patterns.l2_norm patterns.rms_norm patterns
     meaning elements residual uses sites mutation diagnose matching
     kernels.contract kernels.reference
+    kernels.steps kernels.gpu_rows
     kernels.cpu_source kernels.cpu_build kernels.cpu_call kernels.cpu
     kernels.registry kernels
     select layout plan ops
