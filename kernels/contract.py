@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -60,9 +60,13 @@ class Layout:
     """any: every leading stride; strided_2d: one row stride; contiguous: no gaps."""
     rank: int | None = None
     """Exact number of dimensions, or None for any."""
+    leading: int | None = None
+    """With `any`: most leading dims, adjacent ones merged, or None for no limit."""
 
     def __str__(self) -> str:
-        return self.rows if self.rank is None else f"{self.rows}, {self.rank}-D"
+        rank = "" if self.rank is None else f", {self.rank}-D"
+        leading = "" if self.leading is None else f", {self.leading} row strides"
+        return f"{self.rows}{rank}{leading}"
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,20 @@ class Contract:
 
 
 @dataclass(frozen=True)
+class Inline:
+    """A Triton kernel that a compiler can launch itself, without Python at run time."""
+
+    kernel: Any
+    """The triton.JITFunction, made for one spec and hidden; nothing is a constexpr argument."""
+    num_warps: int
+    rows_per_program: int
+    parameters: tuple[str, ...]
+    """The kernel's arguments in order. Pointers: x residual weight bias out sum row; int64: rows
+    inner x_outer x_step residual_outer residual_step (see `gpu_rows.Rows`) weight_rows bias_rows;
+    float32: eps. Only those that the spec needs."""
+
+
+@dataclass(frozen=True)
 class Kernel:
     """A contract and the function that keeps it."""
 
@@ -162,6 +180,9 @@ class Kernel:
     bound: Callable[[NormSpec], Callable[..., object]] | None = None
     """Optional: a faster callable (x, residual, weight, bias, eps) for one spec, which returns a
     tensor for one output and else a tuple."""
+    inline: Callable[[NormSpec, int, int | None], Inline] | None = None
+    """Optional: (spec, hidden, rows if known) -> the same kernel for Inductor to launch. Rows
+    choose a schedule, never bits."""
     version: str = "1"
     """Changes whenever results may change; part of the compile-cache key."""
 
