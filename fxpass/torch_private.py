@@ -1,4 +1,6 @@
-"""Every private torch API the project touches, in one place, with the versions it was seen in.
+"""Every private torch API the project touches, with the versions it was seen in.
+
+Those of Inductor's lowerings are in `torch_inductor.py`.
 
 Heavy modules (Inductor, Dynamo) are imported inside the functions that need them, so that
 `import fxpass` stays as cheap as `import torch`.
@@ -6,7 +8,7 @@ Heavy modules (Inductor, Dynamo) are imported inside the functions that need the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -146,80 +148,3 @@ def inductor_cache_dir() -> str:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return str(cache_dir())
-
-
-def call_directly(op: Any, calls: Mapping[str, Callable[..., Any]]) -> None:
-    """Make Inductor's generated Python call kernels instead of the dispatcher.
-
-    A dispatcher call of a Python op costs 12 to 32 us on the host; looking the kernel up by a
-    constant and calling it costs under 0.1. The generated module already imports `extern_kernels`,
-    so the table is put there; `calls["kernel spec"]` takes (x, residual, weight, bias, eps).
-    An op whose eps is a tensor, and generated C++ (AOTInductor), keep the dispatcher.
-    """
-    from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
-    from torch._inductor.select_algorithm import extern_kernels
-    from torch._inductor.virtualized import V
-
-    namespace: Any = extern_kernels
-    namespace.fxpass = calls
-    if op in lowerings:
-        return
-    make_fallback: Callable[..., Any] = fallback_handler
-    fallback = make_fallback(op, add_to_fallback_set=False)
-
-    def lower(*args: Any, **kwargs: Any) -> Any:
-        outputs = fallback(*args, **kwargs)
-        eps_tensor, kernel, spec = args[4], args[6], args[7]
-        if eps_tensor is None and not V.graph.cpp_wrapper:
-            several = isinstance(outputs, (tuple, list))
-            name = f"extern_kernels.fxpass[{f'{kernel} {spec}'!r}]"
-            _shorten(_fallback_kernel(outputs[0] if several else outputs), name)
-            if str(kernel).startswith("cpu.") and not several:
-                _drop_assert(outputs)
-        return outputs
-
-    register_lowering(op, type_promotion_kind=None)(lower)
-
-
-def _shorten(node: Any, name: str) -> None:
-    """Have a FallbackKernel written as `name(x, residual, weight, bias, eps)`."""
-    if node is None:
-        return
-    full = node.codegen_args
-
-    def five() -> list[str]:
-        args = list(full())
-        return [*args[:4], args[5]]
-
-    node.python_kernel_name = name
-    node.codegen_args = five
-
-
-def _drop_assert(output: Any) -> None:
-    """Leave out the check of an output's strides (0.2 us): our own kernels' are tested."""
-    from torch._inductor import ir
-
-    buffer: Any = output
-    for _ in range(4):
-        if isinstance(buffer, ir.MultiOutput):
-            produced: Any = buffer
-            produced.codegen_size_asserts = lambda wrapper: None
-            return
-        buffer = getattr(buffer, "data", None)
-
-
-def _fallback_kernel(output: Any) -> Any:
-    """The FallbackKernel that produces an Inductor value, or None if it is not one."""
-    from torch._inductor import ir
-
-    buffer = output
-    for _ in range(4):
-        if isinstance(buffer, ir.FallbackKernel):
-            return buffer
-        if isinstance(buffer, ir.MultiOutput):
-            buffer = buffer.inputs[0]
-        elif hasattr(buffer, "data"):
-            buffer = buffer.data
-        else:
-            return None
-    return buffer if isinstance(buffer, ir.FallbackKernel) else None

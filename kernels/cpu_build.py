@@ -1,13 +1,10 @@
 """Compiles generated C++ with the system compiler, caches the result on disk, and loads it.
 
-A cached library is named after everything that shaped it and ends in a digest of its own bytes, so
-a file cut short is rebuilt instead of loaded. Files appear by `os.replace`: any number of processes
-may build the same kernel at once. Failures are remembered, one line each, and not retried.
+How files are kept and shared between processes: `build_cache`.
 """
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import hashlib
 import importlib.machinery
@@ -19,16 +16,15 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import TypeVar
 
-from fxpass.options import cache_dir_override
+from fxpass.kernels import build_cache
+from fxpass.kernels.build_cache import BuildError, Once, cache_dir, private_dir, sealed, unsealed
 
 T = TypeVar("T")
 
@@ -37,43 +33,7 @@ _FLAGS = "-std=c++17 -O3 -fPIC -shared -fvisibility=hidden -w".split()
 # two only give up errno and floating-point traps, and let the loops vectorise.
 _FLAGS += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 _NATIVE: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
-_TRAILER = b"fxpass-sha256:"
 _TIMEOUT_S = 120
-
-_override: Path | None = None
-
-
-class BuildError(Exception):
-    """No library, and why, in one line."""
-
-
-class Once(Generic[T]):
-    """Makes each value once, whichever thread asks first; a BuildError is remembered too."""
-
-    def __init__(self) -> None:
-        self._made: dict[Any, Future[T]] = {}
-        self._lock = threading.Lock()
-
-    def get(self, key: object, make: Callable[[], T]) -> T:
-        """The value of `key`; the other threads wait while one of them makes it."""
-        with self._lock:
-            future = self._made.get(key)
-            if mine := future is None:
-                future = self._made[key] = Future()
-        assert future is not None
-        if mine:
-            try:
-                future.set_result(make())
-            except BaseException as error:
-                future.set_exception(error)
-                if not isinstance(error, BuildError):  # an interrupt is no reason to give up
-                    self._made.pop(key, None)
-        return future.result()
-
-    def clear(self) -> None:
-        """Forget everything, failures included."""
-        with self._lock:
-            self._made.clear()
 
 
 @dataclass(frozen=True)
@@ -91,18 +51,8 @@ _working_flags: list[list[str]] = []
 
 def set_cache_dir(path: str | os.PathLike[str] | None) -> None:
     """Keep built kernels in `path`; None goes back to `$XDG_CACHE_HOME/fxpass`."""
-    global _override
-    _override = None if path is None else Path(path)
+    build_cache.override(path)
     reset()
-
-
-def cache_dir() -> Path:
-    """Where built kernels are kept. The directory need not exist, or be writable."""
-    chosen = _override or cache_dir_override()
-    if chosen is not None:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "fxpass"
 
 
 def reset() -> None:
@@ -145,7 +95,7 @@ def _loaded(name: str, source: str, python: bool, load: Callable[[Path], T]) -> 
     # A cache on a file system mounted noexec, or a file damaged since it was checked.
     found = compiler()
     try:
-        path = _private_dir() / f"{name}-{_key(found, source, python)[:32]}.so"
+        path = private_dir() / f"{name}-{_key(found, source, python)[:32]}.so"
         _compile(found, source, path, python)
         return load(path)
     except (OSError, ImportError):
@@ -172,33 +122,16 @@ def _key(compiler: Compiler, source: str, python: bool) -> str:
 
 def _built(compiler: Compiler, stem: str, source: str, python: bool) -> Path:
     cached = cache_dir() / f"{stem}.so"
-    if _is_whole(cached):
+    if unsealed(cached) is not None:
         return cached
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         _compile(compiler, source, cached, python)
         return cached
     except OSError:  # not writable: build for this process alone
-        private = _private_dir() / cached.name
+        private = private_dir() / cached.name
         _compile(compiler, source, private, python)
         return private
-
-
-def _is_whole(path: Path) -> bool:
-    """True if `path` ends in the digest of the bytes before it."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return False
-    body, mark, digest = data.rpartition(_TRAILER)
-    return bool(mark) and hashlib.sha256(body).digest() == digest
-
-
-@cache
-def _private_dir() -> Path:
-    path = Path(tempfile.mkdtemp(prefix="fxpass-"))
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return path
 
 
 @cache
@@ -254,7 +187,7 @@ def _compile(compiler: Compiler, source: str, target: Path, python: bool) -> Non
         text.write_text(source)
         _try_flags(compiler, [str(text), "-o", str(made)], python)
         body = made.read_bytes()
-        made.write_bytes(body + _TRAILER + hashlib.sha256(body).digest())
+        made.write_bytes(sealed(body))
         os.replace(made, target)
 
 

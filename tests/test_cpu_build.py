@@ -12,7 +12,7 @@ import pytest
 import torch
 from kernel_cases import SPECS, inputs
 
-from fxpass.kernels import cpu, cpu_build, cpu_call, cpu_source
+from fxpass.kernels import build_cache, cpu, cpu_build, cpu_call, cpu_source
 from fxpass.spec import NormSpec
 
 SPEC = NormSpec.parse(
@@ -104,7 +104,7 @@ def test_damaged_file_is_rebuilt(tmp_path, damage):
     )
     cpu_build.reset()
     assert torch.isfinite(result()).all()
-    assert cpu_build._is_whole(path)
+    assert build_cache.unsealed(path)
 
 
 @pytest.mark.parametrize("kind", ["a file", "read-only"])
@@ -116,7 +116,7 @@ def test_cache_dir_without_access(tmp_path, kind):
         blocked = Path("/proc/fxpass")  # nobody may create this, root included
     cpu_build.set_cache_dir(blocked)
     assert torch.isfinite(result()).all()
-    assert cpu_build._private_dir().parent == Path(tempfile.gettempdir())
+    assert build_cache.private_dir().parent == Path(tempfile.gettempdir())
 
 
 def no_compiler(monkeypatch):

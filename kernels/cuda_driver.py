@@ -1,0 +1,80 @@
+"""The four CUDA driver calls a launch needs, through ctypes.
+
+Launches go through cuLaunchKernelEx, for its attribute that lets a kernel start while the one
+before it still runs (programmatic dependent launch).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+from fxpass.kernels.build_cache import BuildError
+
+
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute (cuda.h); the value is a union of 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16))
+
+
+class Config(ctypes.Structure):
+    """CUlaunchConfig (cuda.h)."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in "grid_x grid_y grid_z block_x block_y block_z".split()),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+_OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+def config(threads: int, overlap: bool) -> Config:
+    """A launch of blocks of `threads` threads; `overlap` asks for programmatic dependent launch."""
+    made = Config(grid_x=1, grid_y=1, grid_z=1, block_x=threads, block_y=1, block_z=1)
+    if overlap:
+        made.attributes = (Attribute * 1)(Attribute(id=_OVERLAP))
+        made.attributes[0].value[0] = 1
+        made.attribute_count = 1
+    return made
+
+
+@cache
+def driver() -> Any:
+    """The driver library. Raises BuildError if there is none."""
+    for name in ("libcuda.so.1", "libcuda.so"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise BuildError("no CUDA driver (libcuda.so.1)")
+
+
+def load(cubin: bytes, name: str) -> ctypes.c_void_p:
+    """The kernel `name` of a cubin, usable in every context of the process. Raises BuildError.
+
+    Needs an initialised driver: torch.cuda has done that where there is a tensor to normalise.
+    """
+    library, kernel = ctypes.c_void_p(), ctypes.c_void_p()
+    check(
+        driver().cuLibraryLoadData(ctypes.byref(library), cubin, None, None, 0, None, None, 0),
+        "cuLibraryLoadData",
+    )
+    check(
+        driver().cuLibraryGetKernel(ctypes.byref(kernel), library, name.encode()),
+        "cuLibraryGetKernel",
+    )
+    return kernel
+
+
+def check(status: int, what: str) -> None:
+    """Raises BuildError with the driver's own word for a status that is not success."""
+    if status:
+        text = ctypes.c_char_p()
+        driver().cuGetErrorName(status, ctypes.byref(text))
+        raise BuildError(f"{what}: {text.value.decode() if text.value else status}")

@@ -1,0 +1,128 @@
+"""`cuda.row`: the CUDA C++ row kernel, built with NVRTC for each spec and hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fxpass.kernels import c_struct, cuda_build, cuda_driver, cuda_source, gpu_rows
+from fxpass.kernels.build_cache import BuildError, Once
+from fxpass.kernels.contract import Contract, Hidden, Kernel, Layout, Outputs
+from fxpass.kernels.cuda_call import RowKernel
+from fxpass.kernels.cuda_source import Schedule
+from fxpass.spec import Inverse, NormSpec, Rounding
+
+CONTRACT = Contract(
+    platforms=("cuda",),
+    x=(torch.bfloat16, torch.float16, torch.float32),
+    weight=("same", "other", "none"),
+    hidden=Hidden(1, 65_536),
+    layout=Layout(rows="any", leading=gpu_rows.LEADING),
+    rounding=tuple(Rounding),
+    inverse=tuple(Inverse),
+    programs="any",
+    accumulate=torch.float32,
+    residual=True,
+    residual_rounded=True,
+    weight_offset=True,
+    weight_rows=True,
+    bias=True,
+    outputs=c_struct.OUTPUTS,
+    mutates=(),
+    deterministic=True,
+    batch_invariant=True,
+    reduction=gpu_rows.REDUCTION,
+)
+_LEAST_CAPABILITY = (8, 0)  # cvt.rn.bf16.f32
+
+_FEW = 1024
+"""Rows up to here leave multiprocessors idle, so a row gets as many threads as it has units."""
+_BLOCK_THREADS = 128
+
+_kernels: Once[RowKernel] = Once()
+
+
+def schedule(hidden: int, rows: int) -> Schedule:
+    """Threads of a row and rows of a block: a choice of speed, no bit depends on it."""
+    units = gpu_rows.lanes(hidden) // gpu_rows.VECTOR
+    threads = units if rows <= _FEW or units < 256 else units // 2
+    return Schedule(threads, max(1, _BLOCK_THREADS // threads))
+
+
+def row_kernel(spec: NormSpec, hidden: int, device: int) -> RowKernel:
+    """The kernel for one device, made once. Raises BuildError."""
+    key = (spec, hidden, device)
+    return _kernels.get(key, lambda: RowKernel(spec, hidden, device, schedule))
+
+
+def entry(spec: NormSpec) -> Callable[..., Any]:
+    """(x, residual, weight, bias, eps) -> a tensor, or a tuple if the spec has more outputs."""
+    known: dict[tuple[int, int], RowKernel] = {}
+
+    def call(
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+    ) -> Any:
+        device: int = x.get_device()
+        key = (x.shape[-1], device)
+        kernel = known.get(key)
+        if kernel is None:
+            kernel = known[key] = row_kernel(spec, *key)
+        if torch.cuda.current_device() == device:
+            return kernel(x, residual, weight, bias, eps)
+        with torch.cuda.device(device):
+            return kernel(x, residual, weight, bias, eps)
+
+    return call
+
+
+def launch(
+    spec: NormSpec,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> Outputs:
+    """Run the kernel of `spec`, building it if need be. Not differentiable."""
+    made = entry(spec)(x, residual, weight, bias, eps)
+    return made if isinstance(made, tuple) else (made,)
+
+
+def prepare(spec: NormSpec, hidden: int | None) -> str | None:
+    """Build the kernel for the current device. None, or one line saying why there is none."""
+    if hidden is None:
+        return "hidden is known only at run time"
+    why_not = unavailable()
+    if why_not is not None:
+        return why_not
+    try:
+        row_kernel(spec, hidden, torch.cuda.current_device()).prepare()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def unavailable() -> str | None:
+    """None, or why no kernel can run here."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return "no NVIDIA GPU"
+    capability = torch.cuda.get_device_capability()
+    if capability < _LEAST_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]}, needs 8.0"
+    try:
+        cuda_driver.driver()
+        cuda_build.nvrtc()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+KERNEL = Kernel(
+    "cuda.row", CONTRACT, launch, prepare, unavailable, refuses=cuda_source.refusal, bound=entry
+)

@@ -1,0 +1,303 @@
+"""Text of the Triton row kernel of one spec, and the text made into a kernel.
+
+The kernel is one function without helpers and without constexpr arguments, so that Inductor can
+copy it into the code it generates. Three things in the text are there for the bits:
+
+Reduction. `tl.sum` over many elements adds in an order that depends on the layout, hence on
+num_warps and on pointer alignment. Over an axis of two there is only one sum, so the tree of
+`gpu_rows` is a chain of such sums.
+
+Products. A product that meets an addition is contracted into a fused multiply-add where the
+compiler sees both in one thread. `tl.fma(a, b, minus_zero)` is the rounded product, with its sign,
+and cannot be contracted. LLVM turns it back into a product if it knows the addend, so that one is
+read off an address; Triton itself makes a literal -0.0 into +0.0.
+
+Rows. The row number is an int32 (a grid is no larger) and becomes an int64 offset at once:
+rows * hidden may exceed 2**31.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+import math
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from fxpass.kernels import gpu_rows, steps
+from fxpass.kernels.steps import Statement
+from fxpass.spec import NormSpec, is_narrow
+
+TYPES = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.float32: "tl.float32"}
+IN_REGISTERS = 16384
+"""Most elements of a row that are kept between the two passes; a longer row is read twice."""
+NAME = "fxpass_row"
+
+EXPRESSIONS = {
+    "mean": "v * {inverse_n}",  # ATen's MeanOps multiplies by a float32 factor
+    "sum": "v",
+    "div_n": "tl.div_rn(v, {n})",
+    "mul_n": "v * {inverse_n}",
+    "mul_const": "v * {constant}",
+    "add_eps": "v + eps",
+    "clamp_eps": "tl.where(v < {bound}, {bound}, v)",  # a NaN stays
+    "sqrt": "tl.sqrt_rn(v)",
+    "square": "v * v",
+    "rsqrt": "tl.rsqrt(v)",
+    "reciprocal": "tl.div_rn(1.0, v)",
+    "cast": "v",
+    "offset": "v + {constant}",
+    "mul_row": "v * row_value",
+    "div_row": "tl.div_rn(v, row_value)",
+    "mul_weight": "v * factor",
+    "add_bias": "v + shift",
+}
+"""How each operation is written, on float32 values, as eager computes it on a GPU."""
+_ADDITIONS = ("add_eps", "add_bias")
+
+
+def parameters(spec: NormSpec) -> tuple[str, ...]:
+    """The kernel's arguments in the order of `contract.Inline.parameters`."""
+    present = {
+        "x": True,
+        "residual": spec.residual is not None,
+        "weight": spec.weight is not None,
+        "bias": spec.bias is not None,
+        "out": True,
+        "sum": "sum" in spec.outputs,
+        "row": "row" in spec.outputs,
+        "rows": True,
+        "inner": True,
+        "x_outer": True,
+        "x_step": True,
+        "residual_outer": spec.residual is not None,
+        "residual_step": spec.residual is not None,
+        "weight_rows": spec.weight is not None,
+        "bias_rows": spec.bias is not None,
+        "eps": spec.has_eps,
+    }
+    return tuple(name for name, needed in present.items() if needed)
+
+
+def source(spec: NormSpec, hidden: int, rows_per_program: int) -> str:
+    """The Python text of the kernel, without imports."""
+    return "\n".join(_Writer(spec, hidden, rows_per_program).text()) + "\n"
+
+
+def kernel(text: str) -> Any:
+    """The `triton.JITFunction` of a text."""
+    import triton
+    import triton.language as tl
+
+    name = f"<fxpass triton.row {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
+    # Triton and Inductor read the text of a function through `inspect`, which asks linecache.
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    namespace: dict[str, Any] = {"__name__": __name__, "triton": triton, "tl": tl}
+    exec(compile(text, name, "exec"), namespace)
+    return namespace[NAME]
+
+
+class _Writer:
+    """Writes one kernel. Tiles are (rows_per_program, lanes); row values (rows_per_program, 1)."""
+
+    def __init__(self, spec: NormSpec, hidden: int, rows_per_program: int) -> None:
+        self.spec = spec
+        self.hidden = hidden
+        self.rows = rows_per_program
+        self.lanes = gpu_rows.lanes(hidden)
+        self.chunks = -(-hidden // self.lanes)
+        self.kept = self.lanes * self.chunks <= IN_REGISTERS
+
+    def text(self) -> list[str]:
+        body = self._kept() if self.kept else self._read_twice()
+        return [
+            "@triton.jit",
+            f"def {NAME}({', '.join(parameters(self.spec))}):",
+            *_indented([f"# {self.spec} hidden={self.hidden}", *self._addresses(), *body]),
+        ]
+
+    def _kept(self) -> Iterator[str]:
+        """Each chunk is read once and named by its number."""
+        starts = [chunk * self.lanes for chunk in range(self.chunks)]
+        for chunk, start in enumerate(starts):
+            yield from self._read(f"x{chunk}", start)
+        for chunk, start in enumerate(starts):  # before the reduction, whose wait hides them
+            yield from self._read_shared(f"{chunk}", start)
+        for chunk in range(self.chunks):
+            yield from self._accumulate(f"x{chunk}", first=chunk == 0)
+        yield from self._row_value()
+        for chunk, start in enumerate(starts):
+            yield from self._finish(f"x{chunk}", f"{chunk}", start)
+
+    def _read_twice(self) -> Iterator[str]:
+        """The row is read for its squares, and again for its elements."""
+        yield from self._read("x0", 0)
+        yield from self._accumulate("x0", first=True)
+        yield f"for start in range({self.lanes}, {self.hidden}, {self.lanes}):"
+        yield from _indented(self._read("xs", "start", write_sum=False))
+        yield from _indented(self._accumulate("xs", first=False))
+        yield from self._row_value()
+        yield f"for start in range(0, {self.hidden}, {self.lanes}):"
+        yield from _indented(self._read("xs", "start"))
+        yield from _indented(self._read_shared("s", "start"))
+        yield from _indented(self._finish("xs", "s", "start"))
+
+    def _addresses(self) -> Iterator[str]:
+        yield "sign_bit = tl.where(out.to(tl.int64) == 0, 1, -2147483648)"
+        yield "minus_zero = sign_bit.to(tl.float32, bitcast=True)"
+        if self.rows == 1:
+            yield "r = tl.program_id(0)"
+        else:
+            yield f"r = tl.program_id(0) * {self.rows} + tl.arange(0, {self.rows})[:, None]"
+            yield "present = r < rows"
+        yield f"lane = tl.arange(0, {self.lanes})[None, :]"
+        yield "upper = (r // inner).to(tl.int64)"
+        yield "lower = (r % inner).to(tl.int64)"
+        for name in ("x", "residual") if self.spec.residual is not None else ("x",):
+            yield f"{name} += upper * {name}_outer + lower * {name}_step"
+        for name in ("weight", "bias"):
+            if getattr(self.spec, name) is not None:
+                yield f"{name} += (r % {name}_rows).to(tl.int64) * {self.hidden}"
+        for name in ("out", "sum"):
+            if name in self.spec.outputs:
+                yield f"{name} += r.to(tl.int64) * {self.hidden}"
+
+    def _mask(self, start: int | str, rows: bool = True) -> list[str]:
+        """The conditions under which an element of a chunk exists."""
+        found = ["present"] if rows and self.rows > 1 else []
+        if start == "start" and self.hidden % self.lanes:
+            found.append(f"(start + lane < {self.hidden})")
+        elif isinstance(start, int) and start + self.lanes > self.hidden:
+            found.append(f"(lane < {self.hidden - start})")
+        return found
+
+    def _load(self, name: str, start: int | str, rows: bool = True) -> str:
+        """Raw elements of a chunk; absent ones are 0."""
+        mask = self._mask(start, rows)
+        guard = f", mask={' & '.join(mask)}, other=0.0" if mask else ""
+        return f"tl.load({name} + {_plus(start)}lane{guard})"
+
+    def _store(self, name: str, start: int | str, value: str, dtype: torch.dtype) -> str:
+        mask = self._mask(start)
+        guard = f", mask={' & '.join(mask)}" if mask else ""
+        # In one row the pointer is a scalar and the tile (1, lanes), like `lane`.
+        return f"tl.store({name} + {_plus(start)}lane, {value}.to({TYPES[dtype]}){guard})"
+
+    def _read(self, name: str, start: int | str, write_sum: bool = True) -> Iterator[str]:
+        """`name`: the float32 value of what is normalised."""
+        spec = self.spec
+        yield f"{name} = {self._load('x', start)}.to(tl.float32)"
+        if spec.residual is None:
+            return
+        yield f"{name} += {self._load('residual', start)}.to(tl.float32)"
+        if is_narrow(spec.normed):
+            yield f"{name} = {name}.to({TYPES[spec.normed]}).to(tl.float32)  # sum"
+        if write_sum and "sum" in spec.outputs:
+            yield self._store("sum", start, name, spec.normed)
+
+    def _read_shared(self, suffix: str, start: int | str) -> Iterator[str]:
+        for name in ("weight", "bias"):
+            if getattr(self.spec, name) is not None:
+                yield f"{name}{suffix} = {self._load(name, start, rows=False)}"
+
+    def _accumulate(self, name: str, first: bool) -> Iterator[str]:
+        """Add the squares of a chunk to `acc`, one per lane."""
+        statement = steps.square(self.spec)
+        comment = f"  # {statement.comment}"
+        if is_narrow(self.spec.normed) and not statement.narrow:
+            # The square of a 16-bit value is exact.
+            yield f"acc = tl.fma({name}, {name}, {'minus_zero' if first else 'acc'}){comment}"
+            return
+        yield f"v = tl.fma({name}, {name}, minus_zero){_rounded(statement)}{comment}"
+        yield "acc = v" if first else "acc += v"
+
+    def _row_value(self) -> Iterator[str]:
+        """From `acc` to `row_value`, (rows, 1)."""
+        width = self.lanes
+        while width > 1:
+            width //= 2
+            yield f"acc = tl.sum(tl.reshape(acc, [{self.rows}, {width}, 2]), axis=2)"
+        yield "v = acc"
+        yield from self._lines(steps.row(self.spec))
+        yield "row_value = v"
+        if "row" in self.spec.outputs:
+            pointer = "row + r" if self.rows > 1 else "row + r + tl.zeros([1, 1], tl.int32)"
+            guard = ", mask=present" if self.rows > 1 else ""
+            yield f"tl.store({pointer}, v.to({TYPES[self.spec.row_dtype]}){guard})"
+
+    def _finish(self, name: str, suffix: str, start: int | str) -> Iterator[str]:
+        """The factor, the element program, and the store of one chunk."""
+        if self.spec.weight is not None:
+            yield f"v = weight{suffix}.to(tl.float32)"
+            yield from self._lines(steps.factor(self.spec))
+            yield "factor = v"
+        if self.spec.bias is not None:
+            yield f"shift = bias{suffix}.to(tl.float32)"
+        yield f"v = {name}"
+        yield from self._lines(steps.element(self.spec))
+        yield self._store("out", start, "v", self.spec.out)
+
+    def _lines(self, statements: list[Statement]) -> Iterator[str]:
+        for statement, fused in zip(statements, _meets_addition(statements), strict=True):
+            expression = self._expression(statement)
+            if fused:
+                left, _, right = expression.partition(" * ")
+                expression = f"tl.fma({left}, {right}, minus_zero)"
+            if statement.narrow and not expression.endswith(("v", ")")):
+                expression = f"({expression})"
+            assign = "" if expression == "v" and not statement.narrow else f"v = {expression}"
+            yield f"{assign}{_rounded(statement)}  # {statement.comment}".lstrip()
+
+    def _expression(self, statement: Statement) -> str:
+        bound = "eps"
+        if is_narrow(statement.computed):
+            bound = f"eps.to({TYPES[statement.computed]}).to(tl.float32)"
+        return EXPRESSIONS[statement.op].format(
+            n=_literal(self.hidden),
+            inverse_n=_literal(1.0 / self.hidden),
+            constant=_literal(_constant(statement)),
+            bound=bound,
+        )
+
+
+def _constant(statement: Statement) -> float:
+    if statement.value is not None:
+        return statement.value
+    return 1.0 if statement.op == "mul_const" else 0.0
+
+
+def _meets_addition(statements: list[Statement]) -> list[bool]:
+    """For each statement whether it is a product whose float32 value is then added to."""
+    found = []
+    for i, statement in enumerate(statements):
+        product = " * " in EXPRESSIONS[statement.op]
+        while i + 1 < len(statements) and not statements[i].narrow:
+            i += 1
+            if statements[i].op != "cast":
+                break
+        found.append(product and statements[i].op in _ADDITIONS)
+    return found
+
+
+def _rounded(statement: Statement) -> str:
+    return "".join(f".to({TYPES[dtype]}).to(tl.float32)" for dtype in statement.narrow)
+
+
+def _literal(value: float) -> str:
+    """A float32 constant. Triton would lose the sign of -0.0 and widen a subnormal to float64."""
+    single = steps.single(value)
+    if math.isfinite(single) and abs(single) >= torch.finfo(torch.float32).tiny:
+        return repr(single)
+    (bits,) = struct.unpack("i", struct.pack("f", single))
+    return f"tl.full([], {bits}, tl.int32).to(tl.float32, bitcast=True)"
+
+
+def _plus(start: int | str) -> str:
+    return "" if start == 0 else f"{start} + "
+
+
+def _indented(lines: Iterable[str]) -> Iterator[str]:
+    return (f"    {line}" for line in lines)
