@@ -8,7 +8,8 @@ inlines the same kernel (`inline`) and launches it without Python.
 from __future__ import annotations
 
 import importlib.util
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,6 +97,37 @@ def unavailable() -> str | None:
     return _no_triton() or (None if torch.cuda.is_available() else "torch finds no GPU")
 
 
+def bound(spec: NormSpec) -> Callable[..., Any]:
+    """(x, residual, weight, bias, eps) -> a tensor, or a tuple if the spec has more outputs."""
+    names = triton_source.parameters(spec)
+    dtypes = {"out": spec.out, "sum": spec.normed, "row": spec.row_dtype}
+    # Hashing a spec costs 10 us, so each keeps its own kernels.
+    kernel = cache(lambda hidden, rows_per_program: _kernel(spec, hidden, rows_per_program))
+
+    def call(
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor | Outputs:
+        shapes = {"out": x.shape, "sum": x.shape, "row": (*x.shape[:-1], 1)}
+        made: dict[str, Any] = {
+            name: torch.empty(shapes[name], dtype=dtypes[name], device=x.device)
+            for name in spec.outputs
+        }
+        if x.numel():
+            values = {**made, **_arguments(x, residual, weight, bias), "eps": eps}
+            rows_per_program, warps = schedule(x.shape[-1], spec.normed, values["rows"])
+            grid = (-(-values["rows"] // rows_per_program),)
+            with torch.cuda.device_of(x):
+                run = kernel(x.shape[-1], rows_per_program)[grid]
+                run(*(values[name] for name in names), num_warps=warps)
+        return made["out"] if len(made) == 1 else tuple(made.values())
+
+    return call
+
+
 def launch(
     spec: NormSpec,
     x: torch.Tensor,
@@ -105,18 +137,53 @@ def launch(
     eps: float,
 ) -> Outputs:
     """Run the kernel of `spec` on x's device. Shapes as in `contract.Launch`."""
+    made = _bound(spec)(x, residual, weight, bias, eps)
+    return made if isinstance(made, tuple) else (made,)
+
+
+_bound = cache(bound)
+
+
+@cache
+def _kernel(spec: NormSpec, hidden: int, rows_per_program: int) -> Any:
+    return triton_source.kernel(triton_source.source(spec, hidden, rows_per_program))
+
+
+def _arguments(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> dict[str, Any]:
+    """The inputs, and how their rows are addressed. Copies what cannot be addressed."""
     hidden = x.shape[-1]
-    made = {
-        "out": torch.empty(x.shape, dtype=spec.out, device=x.device),
-        "sum": torch.empty(x.shape, dtype=spec.normed, device=x.device),
-        "row": torch.empty((*x.shape[:-1], 1), dtype=spec.row_dtype, device=x.device),
-    }
-    outputs = tuple(made[name] for name in spec.outputs)
-    if not x.numel():
-        return outputs
-    values = {**made, **_arguments(x, residual, weight, bias), "eps": eps}
-    found = inline(spec, hidden, values["rows"])
-    grid = (-(-values["rows"] // found.rows_per_program),)
-    with torch.cuda.device(x.device):
-        found.kernel[grid](*(values[n] for n in found.parameters), num_warps=found.num_warps)
-    return outputs
+    inputs = {"x": x} if residual is None else {"x": x, "residual": residual}
+    rows = gpu_rows.address(x.shape, [t.stride() for t in inputs.values()])
+    if rows is None:
+        inputs = {name: t.contiguous() for name, t in inputs.items()}
+        rows = gpu_rows.address(x.shape, [t.stride() for t in inputs.values()])
+        assert rows is not None
+    found: dict[str, Any] = {**inputs, "rows": rows.count, "inner": rows.inner}
+    for name, outer, step in zip(inputs, rows.outer, rows.step, strict=True):
+        found[f"{name}_outer"], found[f"{name}_step"] = outer, step
+    for name, shared in (("weight", weight), ("bias", bias)):
+        if shared is not None:
+            found[name] = shared.contiguous()
+            found[f"{name}_rows"] = shared.numel() // hidden
+    return found
+
+
+def _no_triton() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+KERNEL = Kernel(
+    "triton.row",
+    CONTRACT,
+    launch,
+    prepare,
+    unavailable,
+    refuses=refusal,
+    bound=bound,
+    inline=inline,
+)

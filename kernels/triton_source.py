@@ -148,6 +148,8 @@ class _Writer:
     def _addresses(self) -> Iterator[str]:
         yield "sign_bit = tl.where(out.to(tl.int64) == 0, 1, -2147483648)"
         yield "minus_zero = sign_bit.to(tl.float32, bitcast=True)"
+        if self.spec.has_eps:
+            yield "eps = tl.cast(eps, tl.float32)"  # a launcher may pass a float64
         if self.rows == 1:
             yield "r = tl.program_id(0)"
         else:
@@ -224,7 +226,7 @@ class _Writer:
         yield from self._lines(steps.row(self.spec))
         yield "row_value = v"
         if "row" in self.spec.outputs:
-            pointer = "row + r" if self.rows > 1 else "row + r + tl.zeros([1, 1], tl.int32)"
+            pointer = "row + r" if self.rows > 1 else "row + r + tl.arange(0, 1)[:, None]"
             guard = ", mask=present" if self.rows > 1 else ""
             yield f"tl.store({pointer}, v.to({TYPES[self.spec.row_dtype]}){guard})"
 

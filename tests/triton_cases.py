@@ -1,0 +1,144 @@
+"""What the Triton tests share: Triton's interpreter, and the kernel's exact bits in torch."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from fxpass.kernels import gpu_rows, steps, triton_row
+from fxpass.spec import NormSpec, is_narrow
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Kernels made inside run in Triton's interpreter, on CPU tensors."""
+    from triton.runtime import interpreter
+
+    before = os.environ.get("TRITON_INTERPRET"), interpreter._convert_float
+    os.environ["TRITON_INTERPRET"] = "1"
+    interpreter._convert_float = _convert_float
+    _forget()
+    try:
+        yield
+    finally:
+        interpreter._convert_float = before[1]
+        os.environ.pop("TRITON_INTERPRET")
+        if before[0] is not None:
+            os.environ["TRITON_INTERPRET"] = before[0]
+        _forget()
+
+
+def _forget() -> None:
+    triton_row._bound.cache_clear()
+    triton_row._kernel.cache_clear()
+
+
+def _convert_float(data, source, target, rounding):
+    """Rounds to nearest even, as GPUs do; the interpreter's own truncates bf16."""
+    del rounding
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    raw = torch.from_numpy(np.ascontiguousarray(data).view(_integer(source)))
+    value = raw.view(dtypes[source.name]).to(dtypes[target.name])
+    return value.view(getattr(torch, _integer(target))).numpy().reshape(np.shape(data))
+
+
+def _integer(dtype) -> str:
+    return f"int{dtype.primitive_bitwidth}"
+
+
+def expected(spec: NormSpec, given) -> dict[str, torch.Tensor]:
+    """The kernel's bits: every operation is one of IEEE float32, which torch on a CPU rounds alike.
+
+    Except rsqrt: 1 / sqrt here and in the interpreter, an approximation on a GPU.
+    """
+    x = given.x.float()
+    if given.residual is not None:
+        x = (x + given.residual.float()).to(spec.sum).float()
+    rows = x.reshape(-1, x.shape[-1])
+    value = _program(steps.row(spec), _tree(spec, rows), spec, given.eps, rows.shape[-1])
+    out = _elements(spec, rows, value, given)
+    shapes = {"out": x.shape, "sum": x.shape, "row": (*x.shape[:-1], 1)}
+    made = {
+        "out": out.to(spec.out),
+        "sum": rows.to(spec.normed),
+        "row": value.to(spec.row_dtype),
+    }
+    return {name: made[name].reshape(shapes[name]) for name in spec.outputs}
+
+
+def _tree(spec: NormSpec, rows: torch.Tensor) -> torch.Tensor:
+    """The sum of squares in the order of `gpu_rows`; (rows, hidden) -> (rows, 1)."""
+    lanes = gpu_rows.lanes(rows.shape[1])
+    squares = rows * rows
+    for dtype in steps.square(spec).narrow:
+        squares = squares.to(dtype).float()
+    padded = torch.nn.functional.pad(squares, (0, -rows.shape[1] % lanes))
+    chunks = padded.reshape(len(rows), -1, lanes)
+    total = chunks[:, 0]
+    for chunk in range(1, chunks.shape[1]):
+        total = total + chunks[:, chunk]
+    while total.shape[1] > 1:
+        total = total[:, ::2] + total[:, 1::2]
+    return total
+
+
+def _elements(spec, rows, row_value, given) -> torch.Tensor:
+    def repeated(shared):
+        shared = shared.reshape(-1, rows.shape[1])
+        return shared.repeat(-(-len(rows) // len(shared)), 1)[: len(rows)].float()
+
+    operands = {"mul_row": row_value, "div_row": row_value}
+    if given.weight is not None:
+        operands["mul_weight"] = _program(steps.factor(spec), repeated(given.weight), spec, 0.0, 1)
+    if given.bias is not None:
+        operands["add_bias"] = repeated(given.bias)
+    value = rows
+    for statement in steps.element(spec):
+        if statement.op in ("mul_row", "mul_weight"):
+            value = value * operands[statement.op]
+        elif statement.op == "div_row":
+            value = value / operands["div_row"]
+        elif statement.op == "add_bias":
+            value = value + operands["add_bias"]
+        value = _rounded(value, statement)
+    return value
+
+
+def _program(statements, value, spec, eps, hidden) -> torch.Tensor:
+    single = torch.tensor(eps, dtype=torch.float32)
+    for statement in statements:
+        bound = _rounded_to(single, statement.computed)
+        constant = torch.tensor(1.0 if statement.value is None else statement.value)
+        by_op = {
+            "mean": lambda v: v * (1.0 / hidden),
+            "mul_n": lambda v: v * (1.0 / hidden),
+            "div_n": lambda v: v / hidden,
+            "mul_const": lambda v, c=constant: v * c,
+            "offset": lambda v, c=constant: v + c,
+            "add_eps": lambda v: v + single,
+            "clamp_eps": lambda v, b=bound: torch.where(v < b, b, v),
+            "sqrt": correct_sqrt,
+            "square": lambda v: v * v,
+            "rsqrt": lambda v: 1.0 / correct_sqrt(v),
+            "reciprocal": lambda v: 1.0 / v,
+        }
+        value = by_op.get(statement.op, lambda v: v)(value)
+        value = _rounded(value, statement)
+    return value
+
+
+def correct_sqrt(value: torch.Tensor) -> torch.Tensor:
+    """Correctly rounded; torch's own may be MKL's, which is not."""
+    return torch.from_numpy(np.sqrt(value.numpy()))
+
+
+def _rounded(value: torch.Tensor, statement: steps.Statement) -> torch.Tensor:
+    for dtype in statement.narrow:
+        value = value.to(dtype).float()
+    return value
+
+
+def _rounded_to(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype).float() if is_narrow(dtype) else value
