@@ -120,7 +120,7 @@ def bound(spec: NormSpec) -> Callable[..., Any]:
             values = {**made, **_arguments(x, residual, weight, bias), "eps": eps}
             rows_per_program, warps = schedule(x.shape[-1], spec.normed, values["rows"])
             grid = (-(-values["rows"] // rows_per_program),)
-            with torch.cuda.device_of(x):
+            with torch.cuda.device(x.get_device()):
                 run = kernel(x.shape[-1], rows_per_program)[grid]
                 run(*(values[name] for name in names), num_warps=warps)
         return made["out"] if len(made) == 1 else tuple(made.values())

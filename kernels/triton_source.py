@@ -23,6 +23,7 @@ import linecache
 import math
 import struct
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -89,12 +90,10 @@ def source(spec: NormSpec, hidden: int, rows_per_program: int) -> str:
 
 def kernel(text: str) -> Any:
     """The `triton.JITFunction` of a text."""
-    import triton
-    import triton.language as tl
-
     name = f"<fxpass triton.row {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
     # Triton and Inductor read the text of a function through `inspect`, which asks linecache.
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    triton, tl = import_module("triton"), import_module("triton.language")
     namespace: dict[str, Any] = {"__name__": __name__, "triton": triton, "tl": tl}
     exec(compile(text, name, "exec"), namespace)
     return namespace[NAME]
