@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpass import ops, pipeline, torch_private
+from fxpass import lowering, pipeline, torch_private
 from fxpass.errors import OptionsError
 from fxpass.kernels import kernels
 from fxpass.ledger import LEDGER
@@ -66,7 +66,7 @@ def _make_pass_class() -> type:
             if not _from_backend:
                 _refuse_for_hook(self.options)
             self.report = Report()
-            _direct_calls()
+            lowering.register()
 
         def __call__(self, graph: fx.Graph) -> None:
             found = pipeline.run(graph, self.options)
@@ -138,14 +138,6 @@ def _steps(hook: Any) -> list[Any]:
 
 def _joined(steps: list[Any]) -> Any:
     return _chain_class()(steps) if len(steps) > 1 else steps[0]
-
-
-@functools.cache
-def _direct_calls() -> None:
-    """Let Inductor's generated code call the kernels without the dispatcher."""
-    for count in (1, 2, 3):
-        op = ops.op_for(("out", "sum", "row")[:count])
-        torch_private.call_directly(op, ops.calls)
 
 
 class Installed:

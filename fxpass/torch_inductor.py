@@ -191,9 +191,7 @@ def pointwise(
     """A value computed element by element: `at` takes an index and uses `ops()`."""
     from torch._inductor import ir
 
-    return ir.Pointwise.create(
-        device=device_of(like), dtype=dtype, inner_fn=at, ranges=list(size)
-    )
+    return ir.Pointwise.create(device=device_of(like), dtype=dtype, inner_fn=at, ranges=list(size))
 
 
 def ops() -> Any:
@@ -245,7 +243,11 @@ _autotuners: dict[tuple[int, int], tuple[Any, Any]] = {}
 
 
 def launch_triton(
-    kernel: Any, num_warps: int, programs: Size, given: Mapping[str, Any], constants: Mapping[str, Any]
+    kernel: Any,
+    num_warps: int,
+    programs: Size,
+    given: Mapping[str, Any],
+    constants: Mapping[str, Any],
 ) -> None:
     """Add the launch of a Triton kernel to the graph, as if the user had written it.
 

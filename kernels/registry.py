@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 
 from fxpass.errors import FxpassError
-from fxpass.kernels import cpu, cuda_row, reference, triton_row
+from fxpass.kernels import cpu, cuda_row, inductor, reference, triton_row
 from fxpass.kernels.contract import Kernel
 
-_BUILT_IN = (cpu.KERNEL, triton_row.KERNEL, cuda_row.KERNEL, reference.KERNEL)
+_BUILT_IN = (cpu.KERNEL, triton_row.KERNEL, cuda_row.KERNEL, reference.KERNEL, inductor.KERNEL)
 _registered: list[Kernel] = []
 _lock = threading.Lock()
 

@@ -15,18 +15,19 @@ HERE = f"{Path(__file__).name}: MODULES"
 # Names are without the leading `fxpass.`; `patterns`, `kernels`, `fxpass` are __init__ files.
 MODULES = """
     errors dtypes options spec
-    torch_private facts
+    torch_private torch_inductor facts
     terms calls spellings composites lifting formula
     patterns.finish patterns.l2_norm patterns.rms_norm patterns
     meaning elements residual uses sites mutation diagnose matching
     kernels.contract kernels.reference
-    kernels.steps kernels.gpu_rows
+    kernels.steps kernels.gpu_rows kernels.inductor
     kernels.build_cache kernels.c_struct
     kernels.cpu_source kernels.cpu_build kernels.cpu_call kernels.cpu
     kernels.cuda_source kernels.cuda_build kernels.cuda_driver kernels.cuda_call kernels.cuda_row
     kernels.triton_source kernels.triton_row
     kernels.registry kernels
-    select layout plan ops
+    fusable select layout plan ops
+    fused lowering
     verify rewrite sampling report tables remembered modules printing
     pipeline capture ledger hooks backend
     fxpass
@@ -47,6 +48,7 @@ MAY_NOT_KNOW = {
 # Names with one owner.
 PRIVATE_TORCH: dict[str, set[str] | None] = {
     "torch_private": None,  # anything
+    "torch_inductor": None,
     # Saves 1.5 us a call, has a public fallback, and kernels do not import the pass.
     "kernels.cpu_call": {"torch._C._dynamo.guards._empty_strided_cpu"},
     # What Inductor's own launches use; the public stream object costs 1 us more.

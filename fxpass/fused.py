@@ -1,0 +1,215 @@
+"""A norm in Inductor's own operations, every rounding of its spec written out.
+
+Values are float32 in registers; a rounding is a conversion to 16 bits and back that Inductor may
+not leave out. On a GPU three float32 operations need an instruction of their own, because Triton
+divides and takes roots approximately and may join a product with the addition that follows it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxpass import torch_inductor as inductor
+from fxpass.dtypes import is_exact_cast
+from fxpass.kernels import steps
+from fxpass.kernels.steps import Statement
+from fxpass.spec import NormSpec, is_narrow
+from fxpass.torch_inductor import Value
+
+F32 = torch.float32
+Index = Sequence[Any]
+Load = Callable[[Index], Any]
+
+_ADDS = ("add_eps", "add_bias", "offset")
+_MULTIPLIES = ("mean", "mul_n", "mul_const", "square", "mul_row", "mul_weight")
+
+
+def lower(
+    spec: NormSpec,
+    hidden: int,
+    x: Value,
+    residual: Value | None,
+    weight: Value | None,
+    bias: Value | None,
+    eps: float,
+) -> dict[str, Value]:
+    """The spec's outputs by name."""
+    compute = _Compute(inductor.ops(), inductor.device_of(x).type == "cuda", hidden, eps)
+    total = x if residual is None else _added(spec, compute, x, residual)
+    if residual is not None and "sum" in spec.outputs:
+        inductor.store(total)
+    inductor.read_twice(total)
+    element = _loaded(compute, total, spec.normed, pinned=residual is not None)
+    row = _row(spec, compute, total, element)
+    factor = None if weight is None else _over_rows(total, weight, hidden)
+    shift = None if bias is None else _over_rows(total, bias, hidden)
+
+    def at(index: Index) -> Any:
+        operands = {"row": compute.widened(row.make_loader()([*index[:-1], 0]), spec.row_dtype)}
+        if factor is not None:
+            loaded = compute.widened(factor(index), spec.weight)
+            operands["factor"] = compute.run(steps.factor(spec), loaded)
+        if shift is not None:
+            operands["shift"] = compute.widened(shift(index), spec.bias)
+        value = compute.run(steps.element(spec), element(index), operands)
+        return compute.rounded(value, [spec.out])
+
+    out = inductor.pointwise(x, spec.out, inductor.size_of(total), at)
+    return {"out": out, "sum": total, "row": row}
+
+
+def _added(spec: NormSpec, compute: _Compute, x: Value, residual: Value) -> Value:
+    """x + residual, in the dtype eager adds in, rounded to the sum's."""
+    assert spec.sum is not None
+    assert spec.residual is not None
+    left, right = (_widest(dtype, spec.sum) for dtype in (spec.x, spec.residual))
+    roundings = [torch.promote_types(left, right), spec.sum]
+    loads = [_loaded(compute, x, spec.x), _loaded(compute, residual, spec.residual)]
+
+    def at(index: Index) -> Any:
+        return compute.rounded(compute.ops.add(*(load(index) for load in loads)), roundings)
+
+    return inductor.pointwise(x, spec.sum, inductor.size_of(x), at)
+
+
+def _row(spec: NormSpec, compute: _Compute, total: Value, element: Load) -> Value:
+    """The value per row, shape (..., 1)."""
+    squares = steps.square(spec)
+
+    def square(index: Index) -> Any:
+        return compute.run([squares], element(index), adds_next=spec.normed == F32)
+
+    size = inductor.size_of(total)
+    added = inductor.summed(inductor.pointwise(total, F32, size, square))
+    load = added.make_loader()
+
+    def at(index: Index) -> Any:
+        return compute.run(steps.row(spec), load(index))
+
+    return inductor.pointwise(total, spec.row_dtype, (*size[:-1], 1), at)
+
+
+def _loaded(compute: _Compute, value: Value, dtype: torch.dtype, pinned: bool = False) -> Load:
+    """Elements of `value` as float32, rounded to `dtype` even if they come from registers."""
+    load = value.make_loader()
+    roundings = [] if pinned or inductor.comes_rounded(value) else [dtype]
+    return lambda index: compute.rounded(compute.widened(load(index), dtype), roundings)
+
+
+def _over_rows(total: Value, weight: Value, hidden: int) -> Load:
+    """Elements of a weight of one row, or of several that repeat over the rows of x."""
+    lead = inductor.size_of(total)[:-1]
+    rows = math.prod(inductor.size_of(weight)) // hidden
+    load: Load = inductor.viewed(weight, (rows, hidden)).make_loader()
+
+    def at(index: Index) -> Any:
+        row: Any = 0
+        for size, position in zip(lead, index[:-1], strict=True):
+            row = row * size + position
+        return load([inductor.remainder(row, rows) if rows > 1 else 0, index[-1]])
+
+    return at
+
+
+@dataclass(frozen=True)
+class _Compute:
+    """Float32 operations and roundings on Inductor's values."""
+
+    ops: Any
+    gpu: bool
+    hidden: int
+    eps: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether a product with 1 / hidden is exact."""
+        return self.hidden & (self.hidden - 1) == 0
+
+    def widened(self, value: Any, dtype: torch.dtype | None) -> Any:
+        """A loaded value as float32."""
+        return self.ops.to_dtype(value, F32, src_dtype=dtype)
+
+    def rounded(self, value: Any, dtypes: Iterable[torch.dtype]) -> Any:
+        """To each dtype and back; Inductor would keep the float32 value without the last flag."""
+        for dtype in dtypes:
+            if is_narrow(dtype):
+                value = self.ops.to_dtype(value, dtype, src_dtype=F32, use_compute_types=False)
+                value = self.ops.to_dtype(value, F32, src_dtype=dtype)
+        return value
+
+    def run(
+        self,
+        program: Sequence[Statement],
+        value: Any,
+        operands: dict[str, Any] | None = None,
+        adds_next: bool = False,
+    ) -> Any:
+        """The value after the statements. `adds_next`: an addition follows the last one."""
+        for at, statement in enumerate(program):
+            following = program[at + 1].op in _ADDS if at + 1 < len(program) else adds_next
+            alone = following and statement.op in _MULTIPLIES and not statement.narrow
+            value = self._apply(statement, value, operands or {}, alone)
+            value = self.rounded(value, statement.narrow)
+        return value
+
+    def _apply(self, step: Statement, v: Any, operands: dict[str, Any], alone: bool) -> Any:
+        """One operation, unrounded. `alone`: a product that must not join an addition."""
+        if step.op in ("mul_row", "mul_weight"):
+            return self._product(v, operands["row" if step.op == "mul_row" else "factor"], alone)
+        if step.op == "mul_n" or (step.op == "mean" and self.gpu):  # so does eager on a GPU
+            return self._product(v, self._constant(1.0 / self.hidden), alone and not self.exact)
+        if step.op == "mul_const":
+            return self._product(
+                v, self._constant(1.0 if step.value is None else step.value), alone
+            )
+        if step.op == "square":
+            return self._product(v, v, alone)
+        if step.op in ("mean", "div_n"):
+            return self._quotient(v, self._constant(float(self.hidden)))
+        if step.op == "div_row":
+            return self._quotient(v, operands["row"])
+        if step.op == "reciprocal":
+            return self._quotient(self._constant(1.0), v)
+        return self._sum_or_root(step, v, operands)
+
+    def _sum_or_root(self, step: Statement, v: Any, operands: dict[str, Any]) -> Any:
+        if step.op == "add_eps":
+            return self.ops.add(v, self._constant(self.eps))
+        if step.op == "clamp_eps":
+            return self.ops.maximum(v, self.rounded(self._constant(self.eps), [step.computed]))
+        if step.op == "offset":
+            return self.ops.add(v, self._constant(step.value or 0.0))
+        if step.op == "add_bias":
+            return self.ops.add(v, operands["shift"])
+        if step.op == "sqrt":
+            return self._asm("sqrt.rn.f32 $0, $1;", v) if self.gpu else self.ops.sqrt(v)
+        if step.op == "rsqrt":
+            return self.ops.rsqrt(v)
+        assert step.op in ("sum", "cast"), step.op
+        return v
+
+    def _constant(self, value: float) -> Any:
+        return self.ops.constant(steps.single(value), F32)
+
+    def _product(self, a: Any, b: Any, alone: bool) -> Any:
+        if alone and self.gpu:
+            return self._asm("mul.rn.f32 $0, $1, $2;", a, b)
+        return self.ops.mul(a, b)
+
+    def _quotient(self, a: Any, b: Any) -> Any:
+        if self.gpu:
+            return self._asm("div.rn.f32 $0, $1, $2;", a, b)
+        return self.ops.truediv(a, b)
+
+    def _asm(self, text: str, *values: Any) -> Any:
+        registers = ",".join(["=f", *("f" for _ in values)])
+        return self.ops.inline_asm_elementwise(*values, asm=text, constraints=registers, dtype=F32)
+
+
+def _widest(dtype: torch.dtype, target: torch.dtype) -> torch.dtype:
+    return target if is_exact_cast(dtype, target) else dtype
