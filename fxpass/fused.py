@@ -64,7 +64,7 @@ def lower(
 
 
 def _added(spec: NormSpec, compute: _Compute, x: Value, residual: Value) -> Value:
-    """x + residual, in the dtype eager adds in, rounded to the sum's."""
+    """The residual sum, in the dtype eager adds in, rounded to its own."""
     assert spec.sum is not None
     assert spec.residual is not None
     left, right = (_widest(dtype, spec.sum) for dtype in (spec.x, spec.residual))
@@ -151,8 +151,9 @@ class _Compute:
     ) -> Any:
         """The value after the statements. `adds_next`: an addition follows the last one."""
         for at, statement in enumerate(program):
-            following = program[at + 1].op in _ADDS if at + 1 < len(program) else adds_next
-            alone = following and statement.op in _MULTIPLIES and not statement.narrow
+            following = [s for s in program[at + 1 :] if s.op != "cast" or s.narrow][:1]
+            added = following[0].op in _ADDS if following else adds_next
+            alone = added and statement.op in _MULTIPLIES and not statement.narrow
             value = self._apply(statement, value, operands or {}, alone)
             value = self.rounded(value, statement.narrow)
         return value

@@ -8,6 +8,7 @@ are planned only where the kernel's contract cannot read the strides at hand.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -65,11 +66,7 @@ def plan(site: Site, needs: Layout) -> LayoutPlan:
     order, restride = _memory_order(site, x, out)
     if order is not None and _weight_repeats(site):
         raise LayoutError("a per-head weight with rows in another memory order")
-    before = {"x": _input_chain("x", x, site, order, needs)}
-    if site.residual is not None:
-        other = facts.of(site.residual)
-        assert other is not None
-        before["residual"] = _input_chain("residual", other, site, order, needs)
+    before = _input_chains(site, x, order, needs)
     for role, node in (("weight", site.weight), ("bias", site.bias)):
         if node is not None:
             before[role] = _factor_chain(role, node)
@@ -105,20 +102,51 @@ def _rank(found: TensorFacts, dim: int) -> int:
     return stride if isinstance(stride, int) else int(stride.node.hint or 0)
 
 
+def _input_chains(
+    site: Site, x: TensorFacts, order: tuple[int, ...] | None, needs: Layout
+) -> dict[str, tuple[LayoutNode, ...]]:
+    """The chains of x and the residual, which a kernel addresses with the same sizes."""
+    seen = {"x": _seen(x, order)}
+    if site.residual is not None:
+        other = facts.of(site.residual)
+        assert other is not None
+        seen["residual"] = _seen(other, order)
+    copied = {role for role, found in seen.items() if not _readable(found, site.dims, needs)}
+    if not copied and len(seen) == 2 and needs.leading is not None:
+        shape, strides = seen["x"].shape, [found.stride for found in seen.values()]
+        if _row_strides(shape, strides) > needs.leading:
+            copied.add("residual")  # without gaps it merges wherever x does
+    return {
+        role: _input_chain(role, found, site, order, needs, role in copied)
+        for role, found in seen.items()
+    }
+
+
+def _seen(found: TensorFacts, order: tuple[int, ...] | None) -> TensorFacts:
+    """The facts after the permutation to the result's memory order."""
+    if order is None:
+        return found
+    shape, stride = _permuted(found.shape, list(order)), _permuted(found.stride, list(order))
+    return TensorFacts(shape, found.dtype, stride, found.device)
+
+
 def _input_chain(
-    role: str, found: TensorFacts, site: Site, order: tuple[int, ...] | None, needs: Layout
+    role: str,
+    seen: TensorFacts,
+    site: Site,
+    order: tuple[int, ...] | None,
+    needs: Layout,
+    copied: bool,
 ) -> tuple[LayoutNode, ...]:
     chain: list[LayoutNode] = []
-    shape, stride = found.shape, found.stride
     if order is not None:
         chain.append(LayoutNode("permute", role, dims=order))
-        shape, stride = _permuted(shape, list(order)), _permuted(stride, list(order))
-    if not _readable(shape, stride, site.dims, needs):
-        size = facts.numel(shape) * found.dtype.itemsize
+    if copied:
+        size = facts.numel(seen.shape) * seen.dtype.itemsize
         chain.append(LayoutNode("contiguous", role, bytes=size))
     if site.dims > 1:
         chain.append(LayoutNode("flatten", role, dims=(site.dims,)))
-    if needs.rank == 2 and (len(shape) - site.dims + 1) != 2:
+    if needs.rank == 2 and (len(seen.shape) - site.dims + 1) != 2:
         chain.append(LayoutNode("rows", role))
     return tuple(chain)
 
@@ -178,23 +206,32 @@ def _restride(role: str, found: TensorFacts) -> LayoutNode:
     return LayoutNode("restride", role, dims=order, bytes=size)
 
 
-def _readable(shape: tuple[Size, ...], stride: tuple[Size, ...], dims: int, needs: Layout) -> bool:
+def _readable(found: TensorFacts, dims: int, needs: Layout) -> bool:
     """Whether the kernel can read these strides as they are (after free views)."""
+    shape, stride = found.shape, found.stride
     if is_contiguous(shape, stride):
         return True
     if needs.rows == "contiguous" or dims > 1:
         return False
     if not (facts.same(stride[-1], 1) or facts.same(shape[-1], 1)):
         return False
-    return (needs.rows == "any" and needs.rank is None) or _one_row_stride(shape[:-1], stride[:-1])
+    if needs.rows == "any" and needs.rank is None:
+        return needs.leading is None or _row_strides(shape, [stride]) <= needs.leading
+    return _row_strides(shape, [stride]) <= 1
 
 
-def _one_row_stride(shape: tuple[Size, ...], stride: tuple[Size, ...]) -> bool:
-    """True if the leading dims are one dim with one stride."""
-    kept = [(s, t) for s, t in zip(shape, stride, strict=True) if not facts.same(s, 1)]
-    return all(
-        facts.same(kept[i][1], kept[i + 1][0] * kept[i + 1][1]) for i in range(len(kept) - 1)
-    )
+def _row_strides(shape: tuple[Size, ...], strides: Sequence[tuple[Size, ...]]) -> int:
+    """How many leading dims are left when those are joined that are one dim in every tensor."""
+    merged: list[list[Size]] = []
+    for dim, size in enumerate(shape[:-1]):
+        if facts.same(size, 1):
+            continue
+        steps = [stride[dim] for stride in strides]
+        if merged and all(map(facts.same, merged[-1], [step * size for step in steps])):
+            merged[-1] = steps
+        else:
+            merged.append(steps)
+    return len(merged)
 
 
 def is_contiguous(shape: tuple[Size, ...], stride: tuple[Size, ...]) -> bool:

@@ -99,11 +99,10 @@ def _addressed(given: Mapping[str, Value]) -> tuple[dict[str, Value], gpu_rows.R
         for name, value in given.items()
     }
     rows = _rows(inputs)
-    if rows is None:
-        for name in _ROWS:
-            if name in inputs:
-                inputs[name] = inductor.contiguous(inputs[name])
-        rows = _rows(inputs)
+    for name in reversed(_ROWS):  # a residual without gaps merges wherever x does
+        if rows is None and name in inputs:
+            inputs[name] = inductor.contiguous(inputs[name])
+            rows = _rows(inputs)
     assert rows is not None, "contiguous rows have one stride"
     return inputs, rows
 

@@ -144,7 +144,7 @@ def known_equal(a: Size, b: Size) -> bool:
 
 
 def ceil_div(size: Size, by: int) -> Size:
-    """size / by, rounded up."""
+    """The quotient rounded up."""
     from torch.utils._sympy.functions import FloorDiv
 
     return size if by == 1 else plain(FloorDiv(size + by - 1, by))
@@ -202,7 +202,7 @@ def ops() -> Any:
 
 
 def remainder(index: Any, size: Size) -> Any:
-    """index % size, for indices."""
+    """The index modulo a size."""
     from torch.utils._sympy.functions import ModularIndexing
 
     return ModularIndexing(index, 1, size)

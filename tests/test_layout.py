@@ -11,7 +11,7 @@ from cases_rounding import unit
 from helpers import capture, changed, rewritten, tensors
 
 from fxpass import printing
-from fxpass.kernels import Kernel, Layout, reference, register, unregister
+from fxpass.kernels import Kernel, Layout, gpu_rows, reference, register, unregister
 from fxpass.options import Options
 
 
@@ -39,7 +39,23 @@ def _kernel(name, rows, launch):
     return Kernel(f"testing.{name}", contract, launch)
 
 
-KERNELS = (_kernel("flat", "contiguous", _launch), _kernel("rows", "strided_2d", _strided_launch))
+def _leading_launch(spec, x, residual, weight, bias, eps):
+    strides = [tensor.stride() for tensor in (x, residual) if tensor is not None]
+    assert gpu_rows.address(x.shape, strides) is not None
+    return reference.launch(spec, x, residual, weight, bias, eps)
+
+
+def _leading_kernel():
+    layout = Layout(rows="any", leading=gpu_rows.LEADING)
+    contract = dataclasses.replace(reference.CONTRACT, layout=layout)
+    return Kernel("testing.leading", contract, _leading_launch)
+
+
+KERNELS = (
+    _kernel("flat", "contiguous", _launch),
+    _kernel("rows", "strided_2d", _strided_launch),
+    _leading_kernel(),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +69,7 @@ def kernels():
 
 FLAT = Options(providers=("testing.flat",), strict=True)
 ROWS = Options(providers=("testing.rows",), strict=True)
+LEADING = Options(providers=("testing.leading",), strict=True)
 
 
 def _planned(function, inputs, options, dynamic=None):
@@ -170,3 +187,48 @@ def test_dynamic_rows(options) -> None:
     made, _, copied = _planned(function, inputs, options)
     assert copied == ([None] if options is FLAT else [0])
     assert " = norm(" in printing.text(made.graph)
+
+
+# ---- At most two row strides
+
+
+def heads(x, w):
+    return llama(x[..., :3, :], w)
+
+
+HEADS = {
+    "one slice of heads": ("bf16[8,12,16]", heads, []),
+    "batch and time merge": ("bf16[2,4,12,16]", heads, []),
+    "three strides": ("bf16[2,6,12,16]", lambda x, w: heads(x[:, :4], w), ["contiguous(x)"]),
+    "last stride": ("bf16[8,12,32]", lambda x, w: heads(x[..., ::2], w), ["contiguous(x)"]),
+    "a dim of size 1": ("bf16[2,1,12,16]", lambda x, w: heads(x[:, :, ::2], w), []),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_up_to_two_row_strides_are_read_in_place(name) -> None:
+    text, function, wanted = HEADS[name]
+    _, nodes, _ = _planned(function, tensors(text, "bf16[16]"), LEADING)
+    assert [node.partition(" ")[0] for node in nodes[0]] == wanted
+
+
+def test_x_and_residual_must_merge_alike() -> None:
+    # x merges as (2 x 4) x 3 and the residual as 2 x (4 x 3): together that is three dims.
+    def apart(x, r, w):
+        return llama(x[..., :3, :] + r[:, :4], w)
+
+    _, nodes, _ = _planned(apart, tensors("bf16[2,4,6,16]", "bf16[2,9,3,16]", "bf16[16]"), LEADING)
+    assert [node.partition(" ")[0] for node in nodes[0]] == ["contiguous(residual)"]
+    same = tensors("bf16[2,4,6,16]", "bf16[2,4,5,16]", "bf16[16]")
+    _, nodes, _ = _planned(lambda x, r, w: heads(x, w) + heads(r, w), same, LEADING)
+    assert nodes == [[], []]
+    _, nodes, _ = _planned(lambda x, r, w: llama(x[..., :3, :] + r[..., :3, :], w), same, LEADING)
+    assert nodes == [[]]
+
+
+def test_a_symbolic_number_of_tokens_needs_no_copy() -> None:
+    x, w = tensors("bf16[2,8,12,16]", "bf16[16]")
+    torch._dynamo.mark_dynamic(x, 0)
+    torch._dynamo.mark_dynamic(x, 1)
+    _, nodes, _ = _planned(heads, (x, w), LEADING)
+    assert nodes == [[]]
