@@ -40,35 +40,33 @@ CONTRACT = Contract(
     reduction=gpu_rows.REDUCTION,
 )
 
-_SCHEDULES = (
-    # lanes up to, rows per program, warps
-    (8, 64, 2),
-    (16, 32, 2),
-    (32, 16, 2),
-    (64, 8, 2),
-    (128, 4, 2),
-    (256, 2, 2),
-    (512, 1, 1),
-    (1024, 1, 2),
-    (2048, 1, 4),
-)
-"""Each thread holds at least 8 elements of a row: 16 bytes of a 16-bit dtype."""
-_LONG = 4096
-_LONG_WARPS = 8
+_SCHEDULES = {
+    # lanes: (rows per program, warps) for many rows, and for few
+    8: ((64, 2), (32, 1)),
+    16: ((32, 2), (16, 1)),
+    32: ((16, 2), (8, 1)),
+    64: ((8, 2), (4, 1)),
+    128: ((4, 2), (2, 1)),
+    256: ((2, 2), (1, 1)),
+    512: ((1, 1), (1, 2)),
+    1024: ((1, 2), (1, 4)),
+    2048: ((1, 4), (1, 8)),
+    4096: ((1, 8), (1, 16)),
+    8192: ((1, 8), (1, 16)),
+}
+"""Threads hold 8 to 32 elements of a row, so that they read 16 bytes of a 16-bit dtype at once.
+
+Several rows only where one row is no more than a warp reads: Triton lays warps along a row first.
+"""
 _FEW_ROWS = 264
 """Twice the multiprocessors of an H200: below that a row is spread over more threads."""
-_VECTOR_WARP = gpu_rows.VECTOR * 32
 
 
 def schedule(hidden: int, dtype: torch.dtype, rows: int | None) -> tuple[int, int]:
     """(rows per program, warps) for `rows` rows (None: unknown) of `hidden` elements."""
-    del dtype
-    lanes = gpu_rows.lanes(hidden)
-    if hidden > _LONG:
-        return 1, _LONG_WARPS
-    if rows is not None and rows <= _FEW_ROWS:
-        return max(1, _VECTOR_WARP // lanes), max(1, lanes // _VECTOR_WARP)
-    return next((r, warps) for most, r, warps in _SCHEDULES if lanes <= most)
+    del dtype  # float32 rows are twice as many bytes, in the same threads
+    many, few = _SCHEDULES[gpu_rows.lanes(hidden)]
+    return few if rows is not None and rows <= _FEW_ROWS else many
 
 
 def inline(spec: NormSpec, hidden: int, rows: int | None) -> Inline:

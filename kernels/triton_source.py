@@ -38,26 +38,31 @@ IN_REGISTERS = 16384
 NAME = "fxpass_row"
 
 EXPRESSIONS = {
-    "mean": "v * {inverse_n}",  # ATen's MeanOps multiplies by a float32 factor
-    "sum": "v",
-    "div_n": "tl.div_rn(v, {n})",
-    "mul_n": "v * {inverse_n}",
-    "mul_const": "v * {constant}",
-    "add_eps": "v + eps",
-    "clamp_eps": "tl.where(v < {bound}, {bound}, v)",  # a NaN stays
-    "sqrt": "tl.sqrt_rn(v)",
-    "square": "v * v",
-    "rsqrt": "tl.rsqrt(v)",
-    "reciprocal": "tl.div_rn(1.0, v)",
-    "cast": "v",
-    "offset": "v + {constant}",
-    "mul_row": "v * row_value",
-    "div_row": "tl.div_rn(v, row_value)",
-    "mul_weight": "v * factor",
-    "add_bias": "v + shift",
+    "mean": "{v} * {inverse_n}",  # ATen's MeanOps multiplies by a float32 factor
+    "sum": "{v}",
+    "div_n": "tl.div_rn({v}, {n})",
+    "mul_n": "{v} * {inverse_n}",
+    "mul_const": "{v} * {constant}",
+    "add_eps": "{v} + eps",
+    "clamp_eps": "tl.where({v} < {bound}, {bound}, {v})",  # a NaN stays
+    "sqrt": "tl.sqrt_rn({v})",
+    "square": "{v} * {v}",
+    "rsqrt": "tl.rsqrt({v} * {up}) * {down}",
+    "reciprocal": "tl.div_rn(1.0, {v})",
+    "cast": "{v}",
+    "offset": "{v} + {constant}",
+    "mul_row": "{v} * row_value",
+    "div_row": "tl.div_rn({v}, row_value)",
+    "mul_weight": "{v} * factor",
+    "add_bias": "{v} + shift",
 }
-"""How each operation is written, on float32 values, as eager computes it on a GPU."""
+"""How each operation is written, on float32 values, as eager computes it on a GPU.
+
+tl.rsqrt flushes subnormals on NVIDIA; eager's scales them, and so the powers of two.
+"""
+_PRODUCTS = ("mean", "mul_n", "mul_const", "square", "mul_row", "mul_weight")
 _ADDITIONS = ("add_eps", "add_bias")
+_MOST_GROUPS = 32
 
 
 def parameters(spec: NormSpec) -> tuple[str, ...]:
@@ -109,6 +114,9 @@ class _Writer:
         self.lanes = gpu_rows.lanes(hidden)
         self.chunks = -(-hidden // self.lanes)
         self.kept = self.lanes * self.chunks <= IN_REGISTERS
+        of_a_warp = 32 * 16 // spec.x.itemsize
+        groups = min(_MOST_GROUPS, self.lanes // of_a_warp)
+        self.groups = groups if self.rows == 1 and groups > 1 else None
 
     def text(self) -> list[str]:
         body = self._kept() if self.kept else self._read_twice()
@@ -212,55 +220,63 @@ class _Writer:
             # The square of a 16-bit value is exact.
             yield f"acc = tl.fma({name}, {name}, {'minus_zero' if first else 'acc'}){comment}"
             return
-        yield f"v = tl.fma({name}, {name}, minus_zero){_rounded(statement)}{comment}"
-        yield "acc = v" if first else "acc += v"
+        squares = f"tl.fma({name}, {name}, minus_zero){_rounded(statement)}"
+        yield f"acc {'=' if first else '+='} {squares}{comment}"
 
     def _row_value(self) -> Iterator[str]:
         """From `acc` to `row_value`, (rows, 1)."""
         width = self.lanes
         while width > 1:
+            if width == self.groups:
+                # What is left lies in several warps. A tile with one of them in each row, and
+                # zeros, brings them all to every thread in one exchange instead of one a level.
+                every = f"tl.arange(0, {width})"
+                yield f"own = {every}[:, None] == {every}[None, :]"
+                yield "acc = tl.sum(tl.where(own, acc, 0.0), axis=1)"
             width //= 2
             yield f"acc = tl.sum(tl.reshape(acc, [{self.rows}, {width}, 2]), axis=2)"
-        yield "v = acc"
-        yield from self._lines(steps.row(self.spec))
-        yield "row_value = v"
+        yield "row_value = acc"
+        yield from self._lines(steps.row(self.spec), "row_value")
         if "row" in self.spec.outputs:
             pointer = "row + r" if self.rows > 1 else "row + r + tl.arange(0, 1)[:, None]"
             guard = ", mask=present" if self.rows > 1 else ""
-            yield f"tl.store({pointer}, v.to({TYPES[self.spec.row_dtype]}){guard})"
+            yield f"tl.store({pointer}, row_value.to({TYPES[self.spec.row_dtype]}){guard})"
 
     def _finish(self, name: str, suffix: str, start: int | str) -> Iterator[str]:
         """The factor, the element program, and the store of one chunk."""
         if self.spec.weight is not None:
-            yield f"v = weight{suffix}.to(tl.float32)"
-            yield from self._lines(steps.factor(self.spec))
-            yield "factor = v"
+            yield f"factor = weight{suffix}.to(tl.float32)"
+            yield from self._lines(steps.factor(self.spec), "factor")
         if self.spec.bias is not None:
             yield f"shift = bias{suffix}.to(tl.float32)"
-        yield f"v = {name}"
-        yield from self._lines(steps.element(self.spec))
-        yield self._store("out", start, "v", self.spec.out)
+        yield f"y = {name}"
+        yield from self._lines(steps.element(self.spec), "y")
+        yield self._store("out", start, "y", self.spec.out)
 
-    def _lines(self, statements: list[Statement]) -> Iterator[str]:
+    def _lines(self, statements: list[Statement], name: str) -> Iterator[str]:
         for statement, fused in zip(statements, _meets_addition(statements), strict=True):
-            expression = self._expression(statement)
+            expression = self._expression(statement, name)
             if fused:
                 left, _, right = expression.partition(" * ")
                 expression = f"tl.fma({left}, {right}, minus_zero)"
-            if statement.narrow and not expression.endswith(("v", ")")):
+            elif statement.narrow and " " in expression:
                 expression = f"({expression})"
-            assign = "" if expression == "v" and not statement.narrow else f"v = {expression}"
-            yield f"{assign}{_rounded(statement)}  # {statement.comment}".lstrip()
+            value = f"{expression}{_rounded(statement)}"
+            yield f"{'' if value == name else f'{name} = {value}  '}# {statement.comment}"
 
-    def _expression(self, statement: Statement) -> str:
+    def _expression(self, statement: Statement, name: str) -> str:
         bound = "eps"
         if is_narrow(statement.computed):
             bound = f"eps.to({TYPES[statement.computed]}).to(tl.float32)"
+        small = f"{name} < {torch.finfo(torch.float32).tiny}"
         return EXPRESSIONS[statement.op].format(
+            v=name,
             n=_literal(self.hidden),
             inverse_n=_literal(1.0 / self.hidden),
             constant=_literal(_constant(statement)),
             bound=bound,
+            up=f"tl.where({small}, 16777216.0, 1.0)",
+            down=f"tl.where({small}, 4096.0, 1.0)",
         )
 
 
@@ -271,16 +287,16 @@ def _constant(statement: Statement) -> float:
 
 
 def _meets_addition(statements: list[Statement]) -> list[bool]:
-    """For each statement whether it is a product whose float32 value is then added to."""
+    """For each statement whether it is a product and an addition is the next operation.
+
+    A 16-bit rounding between the two is no protection: the compiler may do both in 16 bits.
+    """
     found = []
-    for i, statement in enumerate(statements):
-        product = " * " in EXPRESSIONS[statement.op]
-        while i + 1 < len(statements) and not statements[i].narrow:
-            i += 1
-            if statements[i].op != "cast":
-                break
-        found.append(product and statements[i].op in _ADDITIONS)
-    return found
+    following = ""
+    for statement in reversed(statements):
+        found.append(statement.op in _PRODUCTS and following in _ADDITIONS)
+        following = following if statement.op == "cast" else statement.op
+    return found[::-1]
 
 
 def _rounded(statement: Statement) -> str:
