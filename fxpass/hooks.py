@@ -69,7 +69,8 @@ def _make_pass_class() -> type:
             lowering.register()
 
         def __call__(self, graph: fx.Graph) -> None:
-            found = pipeline.run(graph, self.options)
+            with torch_private.inside_inductor():
+                found = pipeline.run(graph, self.options)
             self.report.add(found)
             LEDGER.add(found)
 

@@ -18,6 +18,7 @@ from fxpass import torch_inductor as inductor
 from fxpass.kernels import Kernel, gpu_rows, kernels
 from fxpass.kernels.contract import Inline
 from fxpass.kernels.inductor import KERNEL as FUSED
+from fxpass.select import inlines
 from fxpass.spec import NormSpec
 from fxpass.torch_inductor import Size, Value
 
@@ -31,14 +32,6 @@ def register() -> None:
     for count in (1, 2, 3):
         op = ops.op_for(("out", "sum", "row")[:count])
         inductor.lower_with(op, ops.calls, lower, lambda name: name.partition(".")[0] in TRUSTED)
-
-
-def inlines(kernel: Kernel, platform: str) -> bool:
-    """Whether compiled code holds the kernel itself, not a call of it.
-
-    That takes a hidden size known when compiling and an eps that is a number.
-    """
-    return kernel is FUSED or (kernel.inline is not None and platform == "cuda")
 
 
 def lower(

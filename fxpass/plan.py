@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
+
+from torch import fx
 
 from fxpass.layout import LayoutError, LayoutNode, LayoutPlan
 from fxpass.layout import plan as plan_layout
@@ -36,15 +38,16 @@ class Decisions:
 
 def decide(found: Found, options: Options, build: bool = True) -> Decisions:
     """Pick a kernel and a layout for every site; `build` makes the kernels ready to launch."""
+    taken = frozenset(node for site in found.sites for node in site.interior)
     if build:
-        prepare(found.sites, options)
+        prepare(found.sites, options, taken)
     plans: list[Plan] = []
     declined = list(found.declined)
     for site in found.sites:
         if options.fuel is not None and len(plans) >= options.fuel:
             declined.append(decline(site, f"out of fuel ({options.fuel})"))
             continue
-        made = _plan(site, options, build)
+        made = _plan(site, options, build, taken)
         if isinstance(made, Plan):
             plans.append(made)
         else:
@@ -52,8 +55,8 @@ def decide(found: Found, options: Options, build: bool = True) -> Decisions:
     return Decisions(tuple(plans), tuple(declined))
 
 
-def _plan(site: Site, options: Options, build: bool) -> Plan | str:
-    choice = choose(site, options, build)
+def _plan(site: Site, options: Options, build: bool, taken: Container[fx.Node]) -> Plan | str:
+    choice = choose(site, options, build, taken)
     if choice.kernel is None:
         return "no kernel fits: " + "; ".join(choice.refusals)
     try:

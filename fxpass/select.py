@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
-from fxpass import facts
+from fxpass import facts, fusable, torch_inductor
 from fxpass.errors import OptionsError
 from fxpass.kernels import Kernel, kernels
+from fxpass.kernels.inductor import KERNEL as FUSED
 from fxpass.options import Options, unknown_name
 from fxpass.sites import Site
 from fxpass.spec import NormSpec, Rounding, is_narrow
+from fxpass.torch_private import is_inside_inductor
 
 KEPT = "same roundings, reduction order may differ"
+_APART = ("cuda", "triton")
+"""Providers of GPU kernels that nothing is fused with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,17 +34,18 @@ class Choice:
     """What the rewrite does to the numbers."""
 
 
-def choose(site: Site, options: Options, build: bool) -> Choice:
+def choose(site: Site, options: Options, build: bool, taken: Container[fx.Node] = ()) -> Choice:
     """The first kernel, in order of preference, whose contract the site keeps.
 
     With `build` the kernel is made ready to launch; without, it is only asked whether it could be.
+    `taken` are the nodes that the kernels of all sites take over.
     """
     spec, label = _with_rounding(site.spec, options.rounding)
     platform = platform_of(site)
     hidden = facts.static(site.hidden)
     refusals: list[str] = []
     for kernel in candidates(options, platform):
-        reason = kernel.refusal(spec, platform, hidden)
+        reason = _refusal(kernel, site, spec, options, taken)
         if reason is None:
             reason = kernel.prepare(spec, hidden) if build else kernel.unavailable()
         if reason is None:
@@ -50,19 +56,67 @@ def choose(site: Site, options: Options, build: bool) -> Choice:
     return Choice(None, spec, tuple(refusals), label)
 
 
-def prepare(sites: Iterable[Site], options: Options) -> None:
+def prepare(sites: Iterable[Site], options: Options, taken: Container[fx.Node] = ()) -> None:
     """Build the kernels of several sites side by side, where a kernel offers that."""
     wanted: dict[Kernel, dict[NormSpec, None]] = {}
     for site in sites:
         spec, _ = _with_rounding(site.spec, options.rounding)
-        platform, hidden = platform_of(site), facts.static(site.hidden)
-        for kernel in candidates(options, platform):
-            if kernel.refusal(spec, platform, hidden) is None:
+        for kernel in candidates(options, platform_of(site)):
+            if _refusal(kernel, site, spec, options, taken) is None:
                 wanted.setdefault(kernel, {})[spec] = None
                 break
     for kernel, specs in wanted.items():
         if kernel.prepare_all is not None and len(specs) > 1:
             kernel.prepare_all(specs)
+
+
+def _refusal(
+    kernel: Kernel, site: Site, spec: NormSpec, options: Options, taken: Container[fx.Node]
+) -> str | None:
+    """Why a kernel is not for a site, before anything is built: meaning, then place, then cost."""
+    return (
+        kernel.refusal(spec, platform_of(site), facts.static(site.hidden))
+        or _cannot_inline(kernel, site, options)
+        or _breaks_a_fusion(kernel, site, spec, options, taken)
+    )
+
+
+def inlines(kernel: Kernel, platform: str) -> bool:
+    """Whether compiled code can hold the kernel itself, not only a call of it."""
+    return kernel is FUSED or (kernel.inline is not None and platform != "cpu")
+
+
+def _cannot_inline(kernel: Kernel, site: Site, options: Options) -> str | None:
+    """Why compiled code cannot hold a kernel, where it has to, or None."""
+    ahead = torch_inductor.compiling_ahead_of_time()
+    if not inlines(kernel, platform_of(site)):
+        return "opaque: an AOTInductor package must run without fxpass" if ahead else None
+    if not ahead and kernel is not FUSED:
+        return None
+    if site.eps_node is not None:
+        return "eps is a tensor of the graph"
+    if facts.static(site.hidden) is None:
+        return "hidden is known only at run time"
+    if kernel is FUSED and not _named(kernel, options) and not is_inside_inductor():
+        return "no Inductor to generate the code"
+    return None
+
+
+def _named(kernel: Kernel, options: Options) -> bool:
+    return kernel.name in options.providers or kernel.provider in options.providers
+
+
+def _breaks_a_fusion(
+    kernel: Kernel, site: Site, spec: NormSpec, options: Options, taken: Container[fx.Node]
+) -> str | None:
+    """Why Inductor's own code moves fewer bytes than a kernel apart, or None."""
+    platform = platform_of(site)
+    if kernel.provider not in _APART or "auto" not in options.providers:
+        return None
+    fits = FUSED.refusal(spec, platform, facts.static(site.hidden)) is None
+    if not fits or _cannot_inline(FUSED, site, options) is not None:
+        return None
+    return fusable.lost(site, taken)
 
 
 def candidates(options: Options, platform: str) -> list[Kernel]:

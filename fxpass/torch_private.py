@@ -8,7 +8,9 @@ Heavy modules (Inductor, Dynamo) are imported inside the functions that need the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -66,6 +68,24 @@ def inductor_config() -> Any:
     return config
 
 
+_in_inductor: ContextVar[bool] = ContextVar("fxpass_in_inductor", default=False)
+
+
+@contextlib.contextmanager
+def inside_inductor() -> Iterator[None]:
+    """Says that the graph at hand is one Inductor is compiling."""
+    before = _in_inductor.set(True)
+    try:
+        yield
+    finally:
+        _in_inductor.reset(before)
+
+
+def is_inside_inductor() -> bool:
+    """Whether Inductor, and not eager, will run the graph at hand."""
+    return _in_inductor.get()
+
+
 def compile_fx(
     graph_module: fx.GraphModule,
     inputs: Sequence[Any],
@@ -80,7 +100,8 @@ def compile_fx(
     from torch._inductor.compile_fx import compile_fx_inner
 
     def inner(graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        return look(graph, lambda: compile_fx_inner(graph, *args, **kwargs))
+        with inside_inductor():
+            return look(graph, lambda: compile_fx_inner(graph, *args, **kwargs))
 
     compiled: Any = inductor_compile(
         graph_module, inputs, inner_compile=inner, config_patches=patches
@@ -107,7 +128,8 @@ def visit_post_grad_graphs(
     from torch._inductor.compile_fx import compile_fx as inductor_compile
 
     def inner(graph_module: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
-        visit(graph_module.graph)
+        with inside_inductor():
+            visit(graph_module.graph)
         return graph_module
 
     def backend(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
