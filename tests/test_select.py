@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
 from cases_rounding import unit
 from helpers import capture, changed, rewritten, tensors
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxpass
-from fxpass.kernels import Hidden, Kernel, kernels, reference, register, unregister
+from fxpass import pipeline, torch_inductor
+from fxpass.kernels import (
+    Hidden,
+    Kernel,
+    by_name,
+    kernels,
+    reference,
+    register,
+    registry,
+    unregister,
+)
 from fxpass.options import Options
 from fxpass.spec import Inverse, Rounding
+from fxpass.torch_private import inside_inductor
 
 
 def llama(x, w):
@@ -137,3 +151,133 @@ def test_an_override_never_changes_the_dtype() -> None:
         graph, providers=("reference",), rounding="scale_then_cast", strict=True
     )
     assert [site.rounding for site in report.rewritten] == ["cast_then_scale"]
+
+
+# ---- GPUs: which kernel where, decided on fake tensors -------------------------------------------
+
+BF16 = torch.bfloat16
+
+
+def _on_gpu(function, *shapes, inside: bool = True, providers=("auto",), dtype=BF16):
+    """The report on a graph captured with fake CUDA tensors."""
+    with FakeTensorMode(), torch.no_grad():
+        inputs = [torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes]
+        graph = make_fx(function)(*inputs).graph
+    around = inside_inductor() if inside else contextlib.nullcontext()
+    with around:
+        return pipeline.dry_run(graph, Options(providers=providers, strict=True))
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> None:
+    """Pretends that both row kernels can be built here."""
+    for name in ("cuda.row", "triton.row"):
+        kernel = by_name(name)
+        ready = dataclasses.replace(kernel, unavailable=lambda: None)
+        monkeypatch.setattr(
+            registry, "_BUILT_IN", tuple(ready if k is kernel else k for k in registry._BUILT_IN)
+        )
+
+
+def _matmul(x, w, v):
+    return llama(x, w) @ v
+
+
+def _gate(x, w, v):
+    return (llama(x, w) * torch.nn.functional.silu(v)).unsqueeze(0)
+
+
+def _rope(x, w, v):
+    q = llama(x, w).transpose(0, 1)
+    return q * v + torch.cat((-q[..., 32:], q[..., :32]), -1) * v
+
+
+def _quantise(x, w):
+    y = llama(x, w)
+    return y / y.abs().amax(-1, keepdim=True)
+
+
+def _one_is_a_matmul(x, w, v, u):
+    y = llama(x, w)
+    return y * v, y @ u
+
+
+def _returned(x, w):
+    return llama(x, w)
+
+
+def _next_norm(x, w, r):
+    return llama(llama(x, w) + r, w)
+
+
+def _made(x, w, z):
+    return llama(x * torch.nn.functional.silu(z), w) @ x.t()
+
+
+ROWS, WEIGHT, SQUARE = (24, 64), (64,), (64, 64)
+WHERE = {
+    "matmul": (_matmul, (ROWS, WEIGHT, SQUARE), ["cuda.row"]),
+    "gate": (_gate, (ROWS, WEIGHT, ROWS), ["inductor.fused"]),
+    "rope": (_rope, ((24, 4, 64), WEIGHT, (24, 64)), ["inductor.fused"]),
+    "quantise": (_quantise, (ROWS, WEIGHT), ["inductor.fused"]),
+    "mixed": (_one_is_a_matmul, (ROWS, WEIGHT, ROWS, SQUARE), ["cuda.row"]),
+    "returned": (_returned, (ROWS, WEIGHT), ["cuda.row"]),
+    "next norm": (_next_norm, (ROWS, WEIGHT, ROWS), ["cuda.row", "cuda.row"]),
+    "x made for it": (_made, (ROWS, WEIGHT, ROWS), ["inductor.fused"]),
+}
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("name", WHERE)
+def test_on_a_gpu_a_kernel_apart_never_breaks_a_larger_fusion(name: str) -> None:
+    function, shapes, wanted = WHERE[name]
+    report = _on_gpu(function, *shapes)
+    assert [site.kernel for site in report.rewritten] == wanted
+    for site in report.rewritten:
+        apart = [reason for reason in site.refusals if "platform" not in reason]
+        assert len(apart) == (2 if site.kernel == "inductor.fused" else 0)
+        assert all("256 bytes a row" in reason for reason in apart)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_named_provider_is_taken_at_its_word() -> None:
+    function, shapes, _ = WHERE["gate"]
+    (site,) = _on_gpu(function, *shapes, providers=("triton",)).rewritten
+    assert site.kernel == "triton.row"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_without_inductor_a_gpu_gets_a_kernel_that_runs_alone() -> None:
+    function, shapes, _ = WHERE["gate"]
+    (site,) = _on_gpu(function, *shapes, inside=False).rewritten
+    assert site.kernel == "cuda.row"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_ahead_of_time_only_what_the_package_can_hold(monkeypatch) -> None:
+    monkeypatch.setattr(torch_inductor, "compiling_ahead_of_time", lambda: True)
+    function, shapes, _ = WHERE["matmul"]
+    (site,) = _on_gpu(function, *shapes).rewritten
+    assert site.kernel == "triton.row"
+    assert (
+        "refused cuda.row: opaque: an AOTInductor package must run without fxpass" in site.refusals
+    )
+    (miss,) = _on_gpu(function, *shapes, providers=("cuda", "reference")).declined
+    assert miss.reason.count("opaque") == 2
+
+
+def test_ahead_of_time_on_the_cpu_leaves_inductors_own_code(level, monkeypatch) -> None:
+    monkeypatch.setattr(torch_inductor, "compiling_ahead_of_time", lambda: True)
+    graph = level.graph_module.graph
+    with inside_inductor():
+        (site,) = pipeline.dry_run(graph, Options(strict=True)).rewritten
+    assert site.kernel == "inductor.fused"
+    assert [reason.split(":")[0] for reason in site.refusals] == [
+        "refused cpu.row", "refused cuda.row", "refused triton.row", "refused reference.eager",
+    ]  # fmt: skip
+
+
+def test_on_the_cpu_nothing_of_this_applies(level) -> None:
+    with inside_inductor():
+        (site,) = pipeline.dry_run(level.graph_module.graph, Options(strict=True)).rewritten
+    assert site.kernel == "cpu.row"
