@@ -47,7 +47,7 @@ def lost(site: Site, taken: Container[fx.Node]) -> str | None:
             f"only {_count(len(readers), 'fusable operator')} ({readers[0].name}, ...) read the"
             f" result; fused with the norm they save writing and reading it, {moved} bytes a row"
         )
-    maker = _fused_maker(site)
+    maker = _fused_maker(site, taken)
     if maker is not None:
         moved = 2 * hidden * x.dtype.itemsize
         return (
@@ -91,13 +91,13 @@ def _through_views(node: fx.Node) -> Iterator[fx.Node]:
             yield user
 
 
-def _fused_maker(site: Site) -> fx.Node | None:
+def _fused_maker(site: Site, taken: Container[fx.Node]) -> fx.Node | None:
     """The operator that computes x if the compiler can fuse it and nobody else reads x."""
     inside = set(site.interior)
     node = site.x
     while all(user in inside or is_passive(user) for user in node.users):
         if _name(node) not in _VIEWS:
-            return node if _is_fused(node) else None
+            return node if _is_fused(node) and node not in taken else None
         inside.add(node)
         node = node.all_input_nodes[0]
     return None

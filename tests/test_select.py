@@ -189,7 +189,8 @@ def _gate(x, w, v):
 
 def _rope(x, w, v):
     q = llama(x, w).transpose(0, 1)
-    return q * v + torch.cat((-q[..., 32:], q[..., :32]), -1) * v
+    left, right = q.chunk(2, -1)
+    return q * v + torch.cat((-right, left), -1) * v
 
 
 def _quantise(x, w):
