@@ -62,16 +62,15 @@ _FEW_ROWS = 264
 """Twice the multiprocessors of an H200: below that a row is spread over more threads."""
 
 
-def schedule(hidden: int, dtype: torch.dtype, rows: int | None) -> tuple[int, int]:
+def schedule(hidden: int, rows: int | None) -> tuple[int, int]:
     """(rows per program, warps) for `rows` rows (None: unknown) of `hidden` elements."""
-    del dtype  # float32 rows are twice as many bytes, in the same threads
     many, few = _SCHEDULES[gpu_rows.lanes(hidden)]
     return few if rows is not None and rows <= _FEW_ROWS else many
 
 
 def inline(spec: NormSpec, hidden: int, rows: int | None) -> Inline:
     """The kernel for a compiler to launch, as ceil(rows / rows_per_program) programs."""
-    rows_per_program, warps = schedule(hidden, spec.normed, rows)
+    rows_per_program, warps = schedule(hidden, rows)
     return Inline(
         kernel=_kernel(spec, hidden, rows_per_program),
         num_warps=warps,
@@ -116,7 +115,7 @@ def bound(spec: NormSpec) -> Callable[..., Any]:
         }
         if x.numel():
             values = {**made, **_arguments(x, residual, weight, bias), "eps": eps}
-            rows_per_program, warps = schedule(x.shape[-1], spec.normed, values["rows"])
+            rows_per_program, warps = schedule(x.shape[-1], values["rows"])
             grid = (-(-values["rows"] // rows_per_program),)
             with torch.cuda.device(x.get_device()):
                 run = kernel(x.shape[-1], rows_per_program)[grid]

@@ -1,0 +1,175 @@
+"""`triton.row`: its bits in Triton's interpreter, and what Triton compiles it to, without a GPU."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import LLAMA, SPECS
+from triton_cases import MORE_SPECS
+
+from fxpass.kernels import triton_row, triton_source
+from fxpass.spec import NormSpec
+
+triton = pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+ALL = {**SPECS, **MORE_SPECS}
+H200 = ("cuda", 90, 32)
+TARGETS = [("cuda", 80, 32), H200, ("cuda", 100, 32), ("hip", "gfx942", 64), ("hip", "gfx950", 64)]
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+
+def test_bits_in_the_interpreter():
+    """Every test of triton_interpreted.py, where Triton is imported as an interpreter."""
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    done = subprocess.run(
+        [*command, HERE / "triton_interpreted.py"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- What it compiles to -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    before = triton.knobs.cache.dir
+    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+    yield
+    triton.knobs.cache.dir = before
+
+
+def compiled(spec: NormSpec, hidden: int, target=H200, rows: int | None = None):
+    """The kernel for aligned tensors, with one leading dim and one weight row."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    found = triton_row.inline(spec, hidden, rows)
+    dtypes = {"x": spec.x, "residual": spec.residual, "weight": spec.weight, "bias": spec.bias}
+    dtypes |= {"out": spec.out, "sum": spec.normed, "row": spec.row_dtype}
+    signature, constants, attributes = {}, {}, {}
+    for place, name in enumerate(found.parameters):
+        if name in dtypes or name.endswith(("_outer", "_step")):
+            signature[name] = POINTERS[dtypes[name]] if name in dtypes else "i64"
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif name in ("inner", "weight_rows", "bias_rows"):
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "fp32" if name == "eps" else "i64"
+    return triton.compile(
+        ASTSource(found.kernel, signature, constants, attributes),
+        target=GPUTarget(*target),
+        options={"num_warps": found.num_warps},
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
+def test_every_spec_compiles(target):
+    for text in ALL.values():
+        compiled(NormSpec.parse(text), 1000, target)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
+@pytest.mark.parametrize("rows", [None, 1])
+def test_every_schedule_compiles(target, rows):
+    for hidden in (1, 16, 24, 64, 128, 256, 512, 1024, 2048, 2880, 4096, 8192, 16_384, 65_536):
+        compiled(NormSpec.parse(LLAMA), hidden, target, rows)
+
+
+@pytest.mark.parametrize("hidden", [64, 128, 256, 512, 1024, 2048, 4096, 5120, 8192, 16_384])
+@pytest.mark.parametrize("rows", [None, 1])
+def test_reads_and_writes_16_bytes(hidden, rows):
+    ptx = compiled(NormSpec.parse(LLAMA), hidden, rows=rows).asm["ptx"]
+    accesses = re.findall(r"(?:ld|st)\.global\.\S+", ptx)
+    assert {access[3:] for access in accesses} == {"global.v4.b32"}, accesses
+
+
+@pytest.mark.parametrize("hidden", [128, 256, 512])
+def test_short_rows_need_no_shared_memory(hidden):
+    assert "bar.sync" not in compiled(NormSpec.parse(LLAMA), hidden).asm["ptx"]
+
+
+@pytest.mark.parametrize("hidden", [1024, 2048, 4096, 8192])
+@pytest.mark.parametrize("rows", [None, 1])
+def test_warps_meet_twice(hidden, rows):
+    ptx = compiled(NormSpec.parse(LLAMA), hidden, rows=rows).asm["ptx"]
+    assert ptx.count("bar.sync") == 2
+
+
+def test_one_weight_row_is_not_divided_by():
+    ptx = compiled(NormSpec.parse(LLAMA), 4096).asm["ptx"]
+    assert not re.search(r"\b(?:rem|div)\.[su]", ptx)
+
+
+# ---- No contraction ------------------------------------------------------------------------------
+
+_INSTRUCTION = re.compile(r"^\s*(?:@!?%p\d+ )?([a-z]\S*)\s+([^;]*);", re.MULTILINE)
+_REGISTER = re.compile(r"%\w+|0f[0-9A-F]{8}")
+
+
+def contractions(ptx: str) -> list[str]:
+    """Where a rounding of the source is missing, or the assembler might drop it.
+
+    A fused multiply-add is a square added to the sum of its lane, or its addend is minus zero. A
+    product that is not rounded explicitly may not feed an addition, or ptxas fuses the two.
+    """
+    lines = [(op, _REGISTER.findall(rest)) for op, rest in _INSTRUCTION.findall(ptx)]
+    products = {r[0] for op, r in lines if re.fullmatch(r"mul(\.ftz)?\.(f32|bf16|f16)(x2)?", op)}
+    zeros = {r[0] for op, r in lines if op.startswith("selp") and "0f80000000" in r}
+    found = []
+    for op, registers in lines:
+        if op.startswith(("add.", "sub.")) and products & set(registers[1:]):
+            found.append(f"{op} {registers}")
+        if op.startswith("fma"):
+            _, left, right, addend = registers
+            if left != right and addend not in zeros:
+                found.append(f"{op} {registers}")
+    return found
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ALL)
+def test_no_rounding_is_contracted_away(name, capability):
+    ptx = compiled(NormSpec.parse(ALL[name]), 128, ("cuda", capability, 32)).asm["ptx"]
+    assert contractions(ptx) == []
+
+
+def test_contraction_is_noticed(monkeypatch):
+    monkeypatch.setattr(triton_source, "_PRODUCTS", ())
+    triton_row._kernel.cache_clear()
+    ptx = compiled(NormSpec.parse(SPECS["bias"]), 128).asm["ptx"]
+    triton_row._kernel.cache_clear()
+    assert contractions(ptx)
+
+
+# ---- The kernel record ---------------------------------------------------------------------------
+
+
+def test_source_can_be_read_back():
+    spec = NormSpec.parse(LLAMA)
+    found = triton_row.inline(spec, 128, None)
+    text = triton_source.source(spec, 128, found.rows_per_program)
+    assert inspect.getsource(found.kernel.fn) == text
+    assert tuple(found.kernel.arg_names) == found.parameters
+
+
+def test_prepare_says_why_not(monkeypatch):
+    spec = NormSpec.parse(LLAMA)
+    assert triton_row.KERNEL.prepare(spec, 128) is None
+    assert triton_row.KERNEL.prepare(spec, None) == "hidden is known only at run time"
+    assert triton_row.KERNEL.prepare(spec, 65_537) == "hidden 65537 > 65536"
+    text = LLAMA.replace("mean:f32,", "")
+    assert "only mean or sum" in triton_row.KERNEL.prepare(NormSpec.parse(text), 128)
+    monkeypatch.setattr(triton_row.importlib.util, "find_spec", lambda name: None)
+    assert triton_row.KERNEL.prepare(spec, 128) == "triton is not installed"
+    assert triton_row.KERNEL.unavailable() == "triton is not installed"
