@@ -115,25 +115,32 @@ def test_one_weight_row_is_not_divided_by():
 
 _INSTRUCTION = re.compile(r"^\s*(?:@!?%p\d+ )?([a-z]\S*)\s+([^;]*);", re.MULTILINE)
 _REGISTER = re.compile(r"%\w+|0f[0-9A-F]{8}")
+_MINUS_ZERO = ("0f80000000", "0x8000", "-2147450880")  # in f32, bf16, a pair of bf16
+_ONE = ("0x3F80", "1065369472")
 
 
 def contractions(ptx: str) -> list[str]:
     """Where a rounding of the source is missing, or the assembler might drop it.
 
-    A fused multiply-add is a square added to the sum of its lane, or its addend is minus zero. A
-    product that is not rounded explicitly may not feed an addition, or ptxas fuses the two.
+    A fused multiply-add is a square added to the sum of its lane, or its addend is minus zero, or
+    (on GPUs that have no other 16-bit addition) a factor is one. A product that is not rounded
+    explicitly may not feed an addition, or ptxas fuses the two.
     """
-    lines = [(op, _REGISTER.findall(rest)) for op, rest in _INSTRUCTION.findall(ptx)]
-    products = {r[0] for op, r in lines if re.fullmatch(r"mul(\.ftz)?\.(f32|bf16|f16)(x2)?", op)}
-    zeros = {r[0] for op, r in lines if op.startswith("selp") and "0f80000000" in r}
+    lines = [(op, rest, _REGISTER.findall(rest)) for op, rest in _INSTRUCTION.findall(ptx)]
+
+    def holding(constants):
+        return {r[0] for op, rest, r in lines if r and set(constants) & set(rest.split(", "))}
+
+    products = {r[0] for op, _, r in lines if re.fullmatch(r"mul\.(f32|bf16|f16)(x2)?", op)}
+    zeros, ones = holding(_MINUS_ZERO), holding(_ONE)
     found = []
-    for op, registers in lines:
+    for op, rest, registers in lines:
         if op.startswith(("add.", "sub.")) and products & set(registers[1:]):
-            found.append(f"{op} {registers}")
+            found.append(f"{op} {rest}")
         if op.startswith("fma"):
             _, left, right, addend = registers
-            if left != right and addend not in zeros:
-                found.append(f"{op} {registers}")
+            if left != right and addend not in zeros and not {left, right} & ones:
+                found.append(f"{op} {rest}")
     return found
 
 
