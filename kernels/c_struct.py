@@ -42,14 +42,20 @@ def struct(
     qualifiers: str = "static inline",
     words: Mapping[str, str] = EXPRESSIONS,
     flags: Mapping[str, bool] | None = None,
+    more: Mapping[str, list[Statement]] | None = None,
 ) -> list[str]:
-    """The lines of `struct Spec`. `flags` are more constants than every template needs."""
+    """The lines of `struct Spec`, with constants and functions that only some templates need."""
 
     def lines(statements: Iterable[Statement]) -> list[str]:
         return [_line(statement, words) for statement in statements]
 
     row = "row(float v, float n, float inverse_n, float eps)"
     element = "element(V v, float row, V factor, V shift)"
+    more_lines = [
+        line
+        for signature, statements in (more or {}).items()
+        for line in _function(qualifiers, signature, lines(statements), "V")
+    ]
     return [
         "struct Spec {",
         *_indented(_types(spec)),
@@ -58,6 +64,7 @@ def struct(
         *_function(qualifiers, row, lines(steps.row(spec))),
         *_function(qualifiers, "factor(V v)", lines(steps.factor(spec)), "V"),
         *_function(qualifiers, element, lines(steps.element(spec)), "V"),
+        *more_lines,
         "};",
     ]
 

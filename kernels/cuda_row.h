@@ -2,11 +2,12 @@
 // by NVRTC with --fmad=false: every operation below rounds once, as written. No header is needed.
 //
 // FX_HIDDEN, FX_LANES   the row and its reduction tree (kernels/gpu_rows.py)
-// FX_THREADS            threads of a row: a power of two, at most FX_LANES / 8
+// FX_THREADS            threads of a row: a multiple of 32, or a power of two below
 // FX_ROWS               rows of a block
+// FX_EARLY              whether the weight is loaded before the sum is known
 //
 // A thread owns units of 8 consecutive elements: units t, t + FX_THREADS, ... of every chunk of
-// FX_LANES elements, with one accumulator per lane. So any FX_THREADS gives the same bits.
+// FX_LANES elements, with one accumulator per unit. So any FX_THREADS gives the same bits.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -25,48 +26,96 @@ struct none {};
 #define FX_INLINE_MEMBER __device__ __forceinline__
 #define FX_INLINE static __device__ __forceinline__
 
-// ---- Roundings ----------------------------------------------------------------------------------
+// ---- Two elements at a time ---------------------------------------------------------------------
 
-FX_INLINE float widen(float v) { return v; }
-FX_INLINE float widen(bf16 v) { return __uint_as_float((u32)v.bits << 16); }
-FX_INLINE float widen(f16 v) {
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v.bits));
-  return wide;
-}
+// Half the conversions and stores of single elements; at few rows, where one block runs alone on a
+// multiprocessor, instructions are most of the time.
+struct pair {
+  float lo, hi;
+};
+FX_INLINE pair operator+(pair a, pair b) { return {a.lo + b.lo, a.hi + b.hi}; }
+FX_INLINE pair operator+(pair a, float b) { return {a.lo + b, a.hi + b}; }
+FX_INLINE pair operator*(pair a, pair b) { return {a.lo * b.lo, a.hi * b.hi}; }
+FX_INLINE pair operator*(pair a, float b) { return {a.lo * b, a.hi * b}; }
+FX_INLINE pair divide(pair a, float b) { return {__fdiv_rn(a.lo, b), __fdiv_rn(a.hi, b)}; }
 
 template <class T>
-FX_INLINE T narrow(float v);
+struct Two;  // the bits of two values of T
 template <>
-__device__ __forceinline__ f32 narrow<f32>(float v) {
-  return v;
-}
+struct Two<f32> {
+  pair v;
+  FX_INLINE_MEMBER pair widen() const { return v; }
+  FX_INLINE Two narrow(pair p) { return {p}; }
+};
 template <>
-__device__ __forceinline__ bf16 narrow<bf16>(float v) {
-  u16 bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(v));
-  return bf16{bits};
-}
+struct Two<bf16> {
+  u32 bits;
+  FX_INLINE_MEMBER pair widen() const {
+    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+  }
+  FX_INLINE Two narrow(pair p) {
+    u32 bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(p.hi), "f"(p.lo));
+    return {bits};
+  }
+  // A product of two bf16 is exact in float32: one rounding either way.
+  FX_INLINE Two product(Two a, Two b) {
+    u32 bits;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(bits) : "r"(a.bits), "r"(b.bits), "r"(0x80008000u));
+    return {bits};
+  }
+};
 template <>
-__device__ __forceinline__ f16 narrow<f16>(float v) {
-  u16 bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
-  return f16{bits};
-}
+struct Two<f16> {
+  u32 bits;
+  FX_INLINE_MEMBER pair widen() const {
+    pair p;
+    asm("{ .reg .f16 lo, hi; mov.b32 {lo, hi}, %2; cvt.f32.f16 %0, lo; cvt.f32.f16 %1, hi; }"
+        : "=f"(p.lo), "=f"(p.hi)
+        : "r"(bits));
+    return p;
+  }
+  FX_INLINE Two narrow(pair p) {
+    u32 bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(p.hi), "f"(p.lo));
+    return {bits};
+  }
+  FX_INLINE Two product(Two a, Two b) {
+    u32 bits;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(bits) : "r"(a.bits), "r"(b.bits));
+    return {bits};
+  }
+};
+template <>
+struct Two<none> {
+  FX_INLINE_MEMBER pair widen() const { return {0.0f, 0.0f}; }
+};
 
+template <class T>
+FX_INLINE pair rounded(pair v) {
+  return Two<T>::narrow(v).widen();
+}
 template <class T>
 FX_INLINE float rounded(float v) {
-  return widen(narrow<T>(v));
+  return Two<T>::narrow({v, 0.0f}).widen().lo;
+}
+
+template <class T>
+FX_INLINE void store_one(T* to, float v) {
+  Two<T> two = Two<T>::narrow({v, 0.0f});
+  __builtin_memcpy(to, &two, sizeof(T));
 }
 
 // ---- Eight elements at a time -------------------------------------------------------------------
 
 template <class T>
 struct alignas(16) Unit {
-  T v[8];
+  Two<T> v[4];
 };
 template <>
-struct Unit<none> {};
+struct Unit<none> {
+  Two<none> v[4];
+};
 
 // Plain loads: the read-only path may be read ahead of griddepcontrol.wait.
 template <bool WIDE, class T>
@@ -79,7 +128,7 @@ FX_INLINE Unit<T> load(const T* row, int i) {
     for (int k = 0; k < (int)sizeof(unit) / 16; ++k) to[k] = from[k];
   } else {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) unit.v[j] = i + j < FX_HIDDEN ? row[i + j] : narrow<T>(0.0f);
+    for (int j = 0; j < 8; ++j) ((T*)&unit)[j] = i + j < FX_HIDDEN ? row[i + j] : T{};
   }
   return unit;
 }
@@ -94,7 +143,7 @@ FX_INLINE void store(T* row, int i, const Unit<T>& unit) {
   } else {
 #pragma unroll
     for (int j = 0; j < 8; ++j)
-      if (i + j < FX_HIDDEN) row[i + j] = unit.v[j];
+      if (i + j < FX_HIDDEN) row[i + j] = ((const T*)&unit)[j];
   }
 }
 
@@ -109,15 +158,18 @@ struct FxArgs {
 };
 
 enum {
-  UNITS = FX_LANES / 8,            // of a chunk
-  MINE = UNITS / FX_THREADS,       // of them, one thread's
   CHUNKS = (FX_HIDDEN + FX_LANES - 1) / FX_LANES,
-  WARPS = FX_THREADS < 32 ? 1 : FX_THREADS / 32,  // of a row
+  UNITS = CHUNKS > 1 ? FX_LANES / 8 : (FX_HIDDEN + 7) / 8,  // of a chunk
+  MINE = (UNITS + FX_THREADS - 1) / FX_THREADS,             // of them, at most, one thread's
+  WARPS = FX_THREADS < 32 ? 1 : FX_THREADS / 32,            // of a row
   PARTIALS = MINE * WARPS,
 };
+static_assert(PARTIALS <= 32, "the last step of the tree is one warp's");
 
+// First element of a thread's unit, or FX_HIDDEN if there is no such unit.
 FX_INLINE int first_element(int chunk, int mine, int t) {
-  return chunk * FX_LANES + (mine * FX_THREADS + t) * 8;
+  const int unit = mine * FX_THREADS + t, i = chunk * FX_LANES + unit * 8;
+  return unit < UNITS && i < FX_HIDDEN ? i : FX_HIDDEN;
 }
 
 FX_INLINE i64 offset_of(u32 r, i64 inner, i64 outer, i64 step) {
@@ -130,10 +182,11 @@ FX_INLINE i64 offset_of(u32 r, i64 inner, i64 outer, i64 step) {
 // Neighbours first: values j and j + 1, then pairs of pairs, up to the top.
 template <int COUNT>
 FX_INLINE float tree(const float* value) {
-  float half[COUNT / 2];
+  float half[(COUNT + 1) / 2];
 #pragma unroll
   for (int j = 0; j < COUNT / 2; ++j) half[j] = value[2 * j] + value[2 * j + 1];
-  return tree<COUNT / 2>(half);
+  if (COUNT % 2) half[COUNT / 2] = value[COUNT - 1];  // its neighbour is a sum of nothing
+  return tree<(COUNT + 1) / 2>(half);
 }
 template <>
 __device__ __forceinline__ float tree<1>(const float* value) {
@@ -184,17 +237,13 @@ struct Row {
     return row;
   }
 
-  FX_INLINE_MEMBER Unit<Normed> normed(int i, bool write) const {
+  FX_INLINE_MEMBER Unit<Normed> normed(const Unit<X>& a, const Unit<Residual>& b) const {
     if constexpr (!S::has_residual) {
-      return load<WIDE>(x, i);
+      return a;
     } else {
-      Unit<X> a = load<WIDE>(x, i);
-      Unit<Residual> b = load<WIDE>(residual, i);
       Unit<Normed> total;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) total.v[j] = narrow<Normed>(widen(a.v[j]) + widen(b.v[j]));
-      if constexpr (S::writes_sum)
-        if (write) store<WIDE>(sum, i, total);
+      for (int j = 0; j < 4; ++j) total.v[j] = Two<Normed>::narrow(a.v[j].widen() + b.v[j].widen());
       return total;
     }
   }
@@ -205,52 +254,66 @@ struct Row {
     Unit<Bias> b;
     if constexpr (S::has_bias) b = load<WIDE>(bias, i);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float factor = 0.0f, shift = 0.0f;
-      if constexpr (S::has_weight) factor = S::factor(widen(w.v[j]));
-      if constexpr (S::has_bias) shift = widen(b.v[j]);
-      result.v[j] = narrow<Out>(S::element(widen(unit.v[j]), scale, factor, shift));
+    for (int j = 0; j < 4; ++j) {
+      const pair v = unit.v[j].widen();
+      if constexpr (S::ends_in_product) {
+        result.v[j] = Two<Out>::product(Two<Out>::narrow(S::unscaled(v, scale)), w.v[j]);
+      } else {
+        pair factor = {}, shift = {};
+        if constexpr (S::has_weight) factor = S::factor(w.v[j].widen());
+        if constexpr (S::has_bias) shift = b.v[j].widen();
+        result.v[j] = Two<Out>::narrow(S::element(v, scale, factor, shift));
+      }
     }
     store<WIDE>(out, i, result);
   }
 };
 
+// The squares of eight elements, nearest first.
 template <class S, class T>
-FX_INLINE void add_squares(const Unit<T>& unit, float* lane) {
+FX_INLINE float squares_of(const Unit<T>& unit) {
+  float two[4];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    float v = widen(unit.v[j]);
+  for (int j = 0; j < 4; ++j) {
+    const pair v = unit.v[j].widen();
     if constexpr (S::exact_square) {
-      lane[j] = __fmaf_rn(v, v, lane[j]);
+      two[j] = __fmaf_rn(v.hi, v.hi, v.lo * v.lo);
     } else {
-      lane[j] = lane[j] + S::square(v);
+      const pair square = S::square(v);
+      two[j] = square.lo + square.hi;
     }
   }
+  return (two[0] + two[1]) + (two[2] + two[3]);
 }
 
 // The sum over the lanes of one row; every thread of the row gets it.
-FX_INLINE float row_sum(float (*lane)[8], int t, int row_of_block) {
+FX_INLINE float row_sum(const float* lane, int t, int row_of_block) {
   float partial[MINE];
 #pragma unroll
   for (int m = 0; m < MINE; ++m) {
-    partial[m] = tree<8>(lane[m]);
+    partial[m] = lane[m];
 #pragma unroll
     for (int distance = 1; distance < (FX_THREADS < 32 ? FX_THREADS : 32); distance *= 2)
       partial[m] = partial[m] + __shfl_xor_sync(0xffffffffu, partial[m], distance);
   }
-  if constexpr (WARPS == 1) {
-    return tree<MINE>(partial);
-  } else {
-    __shared__ alignas(16) float shared[FX_ROWS][PARTIALS];
-    if (t % 32 == 0) {
+  if constexpr (WARPS == 1) return tree<MINE>(partial);
+  __shared__ alignas(16) float shared[FX_ROWS][32];
+  if (t % 32 == 0) {
 #pragma unroll
-      for (int m = 0; m < MINE; ++m) shared[row_of_block][m * WARPS + t / 32] = partial[m];
-    }
-    __syncthreads();
+    for (int m = 0; m < MINE; ++m) shared[row_of_block][m * WARPS + t / 32] = partial[m];
+  }
+  __syncthreads();
+  if constexpr (PARTIALS <= 8) {
     float all[PARTIALS];
 #pragma unroll
     for (int p = 0; p < PARTIALS; ++p) all[p] = shared[row_of_block][p];
     return tree<PARTIALS>(all);
+  } else {  // 32 warps that each add 32 values would be 31 additions for every thread
+    float mine = t % 32 < PARTIALS ? shared[row_of_block][t % 32] : 0.0f;
+#pragma unroll
+    for (int distance = 1; distance < PARTIALS; distance *= 2)
+      mine = mine + __shfl_xor_sync(0xffffffffu, mine, distance);
+    return mine;
   }
 }
 
@@ -258,6 +321,10 @@ template <class S, bool WIDE>
 FX_INLINE void run(const FxArgs& a) {
   typedef Row<S, WIDE> Here;
   typedef typename Here::Normed Normed;
+  typedef Unit<typename S::Weight> Weights;
+  // Stores may alias the inputs as far as the compiler knows, so each batch loads before it stores.
+  constexpr int BATCH = Here::kept ? CHUNKS : 1;
+  constexpr bool EARLY = FX_EARLY && Here::kept && BATCH * MINE * (int)sizeof(Weights) <= 64;
   const int t = threadIdx.x % FX_THREADS, row_of_block = threadIdx.x / FX_THREADS;
   const u32 r = blockIdx.x * (u32)FX_ROWS + row_of_block;
   const bool active = r < a.rows;  // the others only take part in the shuffles and barriers
@@ -265,55 +332,74 @@ FX_INLINE void run(const FxArgs& a) {
 #if __CUDA_ARCH__ >= 900
   // Launched while the kernel before still runs: nothing it wrote may be read earlier.
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (FX_TRIGGER == 0) asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  Unit<Normed> held[Here::kept ? CHUNKS : 1][MINE];
-  float lane[MINE][8] = {};
-#pragma unroll Here::kept ? CHUNKS : 1
-  for (int c = 0; c < CHUNKS; ++c) {
+  Unit<Normed> held[BATCH][MINE];
+  Weights w[BATCH][MINE];
+  float lane[MINE] = {};
+
+  auto load_batch = [&](int first, bool sums) {
+    Unit<typename S::X> x[BATCH][MINE];
+    Unit<typename S::Residual> residual[BATCH][MINE];
 #pragma unroll
-    for (int m = 0; m < MINE; ++m) {
-      const int i = first_element(c, m, t);
-      if (active && i < FX_HIDDEN) {
-        Unit<Normed> unit = row.normed(i, true);
-        if constexpr (Here::kept) held[c][m] = unit;
-        else add_squares<S>(unit, lane[m]);
+    for (int c = 0; c < BATCH; ++c)
+#pragma unroll
+      for (int m = 0; m < MINE; ++m) {
+        const int i = first_element(first + c, m, t);
+        if (!active || i >= FX_HIDDEN) continue;
+        x[c][m] = load<WIDE>(row.x, i);
+        if constexpr (S::has_residual) residual[c][m] = load<WIDE>(row.residual, i);
       }
-    }
-  }
-  if constexpr (Here::kept) {
 #pragma unroll
-    for (int c = 0; c < CHUNKS; ++c)
+    for (int c = 0; c < BATCH; ++c)
+#pragma unroll
+      for (int m = 0; m < MINE; ++m) {
+        const int i = first_element(first + c, m, t);
+        if (!active || i >= FX_HIDDEN) continue;
+        held[c][m] = row.normed(x[c][m], residual[c][m]);
+        if constexpr (S::writes_sum)
+          if (sums) store<WIDE>(row.sum, i, held[c][m]);
+      }
+  };
+  auto load_weights = [&](int first) {
+#pragma unroll
+    for (int c = 0; c < BATCH; ++c)
+#pragma unroll
+      for (int m = 0; m < MINE; ++m) {
+        const int i = first_element(first + c, m, t);
+        if constexpr (S::has_weight)
+          if (active && i < FX_HIDDEN) w[c][m] = load<WIDE>(row.weight, i);
+      }
+  };
+
+  if (EARLY) load_weights(0);
+  for (int first = 0; first < CHUNKS; first += BATCH) {
+    load_batch(first, true);
+#pragma unroll
+    for (int c = 0; c < BATCH; ++c)
 #pragma unroll
       for (int m = 0; m < MINE; ++m)
-        if (active && first_element(c, m, t) < FX_HIDDEN) add_squares<S>(held[c][m], lane[m]);
+        if (active && first_element(first + c, m, t) < FX_HIDDEN)
+          lane[m] = lane[m] + squares_of<S>(held[c][m]);
   }
   const float squares = row_sum(lane, t, row_of_block);
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
+  if (FX_TRIGGER == 1) asm volatile("griddepcontrol.launch_dependents;");
 #endif
   if (!active) return;
-  const float scale =
-      S::row(squares, (float)FX_HIDDEN, (float)(1.0 / (double)FX_HIDDEN), a.eps);
+  const float scale = S::row(squares, (float)FX_HIDDEN, (float)(1.0 / (double)FX_HIDDEN), a.eps);
   if constexpr (S::writes_row)
-    if (t == 0) ((typename S::RowValue*)a.row)[r] = narrow<typename S::RowValue>(scale);
-#pragma unroll Here::kept ? CHUNKS : 1
-  for (int c = 0; c < CHUNKS; ++c) {
-    // Stores may alias the weight as far as the compiler knows: all its loads come first.
-    Unit<typename S::Weight> w[MINE];
-    if constexpr (S::has_weight) {
+    if (t == 0) store_one((typename S::RowValue*)a.row + r, scale);
+  for (int first = 0; first < CHUNKS; first += BATCH) {
+    if constexpr (!Here::kept) load_batch(first, false);
+    if (!EARLY) load_weights(first);
+#pragma unroll
+    for (int c = 0; c < BATCH; ++c)
 #pragma unroll
       for (int m = 0; m < MINE; ++m) {
-        const int i = first_element(c, m, t);
-        if (i < FX_HIDDEN) w[m] = load<WIDE>(row.weight, i);
+        const int i = first_element(first + c, m, t);
+        if (i < FX_HIDDEN) row.write(i, held[c][m], w[c][m], scale);
       }
-    }
-#pragma unroll
-    for (int m = 0; m < MINE; ++m) {
-      const int i = first_element(c, m, t);
-      if (i >= FX_HIDDEN) continue;
-      if constexpr (Here::kept) row.write(i, held[c][m], w[m], scale);
-      else row.write(i, row.normed(i, false), w[m], scale);
-    }
   }
 }
 

@@ -3,13 +3,15 @@
 The tree is a function of hidden alone, so every schedule of `triton.row` and `cuda.row`, and the
 two kernels themselves, give the same bits:
 
-    lanes = hidden rounded up to a power of two, at least 8 and at most 2048
-    element i belongs to lane i % lanes, which adds its squares in order of i, starting from the
-    first one; then lane j takes lane j + 1 for even j, the survivors again by pairs, up to the top
-    (distances 1, 2, 4, ... lanes / 2). Absent elements count as +0.
+    lanes = hidden rounded up to a power of two, at least 8 and at most 8192; the row is cut into
+    chunks of that many elements, and each chunk into units of 8
+    in a unit, squares are added nearest first: ((0+1)+(2+3))+((4+5)+(6+7))
+    unit u adds what it has in each chunk, in order of the chunks, starting from +0
+    then unit u takes unit u + 1 for even u, the survivors again by pairs, up to the top
+    absent elements count as +0
 
-A square of a 16-bit value is exact in float32, so adding it is one fused multiply-add; a square of
-a float32 value is rounded first, as the spec says.
+A square of a 16-bit value is exact in float32, so a fused multiply-add that adds it gives the same
+bits; a square of a float32 value is rounded first, as the spec says.
 """
 
 from __future__ import annotations
@@ -20,17 +22,17 @@ from typing import Any
 
 VECTOR = 8
 """Consecutive elements of one thread: 16 bytes of a 16-bit dtype."""
-MOST_LANES = 2048
+MOST_LANES = 8192
 LEADING = 2
 """Leading dims, adjacent ones merged, that a kernel can address."""
 REDUCTION = (
-    "lanes = hidden rounded up to a power of two, at most 2048 (element i in lane i % lanes),"
-    " squares added in order within a lane, then a binary tree over the lanes, nearest first"
+    "a binary tree, nearest elements first, over chunks of up to 8192 elements; between chunks each"
+    " unit of 8 elements is added in order"
 )
 
 
 def lanes(hidden: int) -> int:
-    """Number of lanes of the reduction tree: a power of two in [8, 2048]."""
+    """Number of lanes of the reduction tree: a power of two in [8, 8192]."""
     return min(MOST_LANES, max(VECTOR, 1 << (hidden - 1).bit_length()))
 
 
