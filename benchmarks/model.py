@@ -1,0 +1,268 @@
+"""Whole models on a GPU: milliseconds of a decode step and of a prefill, and whether tokens agree.
+
+    python benchmarks/model.py --out build/bench           # about 220 s on an H200
+    python benchmarks/model.py --device cpu --tiny         # does the script run? not a benchmark
+
+Llama-3-8B and Qwen3-8B shapes with fewer layers and random bf16 weights (`gpu_model.py`). graph_ms
+is the replay of a CUDA graph of one call, call_ms one of many calls in a row without a graph,
+host_us the Python side of one call while the GPU is idle. Agreement is over 64 greedy steps from
+an empty cache: `agree` and `bits`, equal argmax and bit-equal logits when fed eager's tokens;
+`first`, the earliest step at which a sequence that runs freely leaves eager's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gpu_fill
+import torch
+from gpu_agreement import Agreement
+from gpu_model import Model, Shape, build, shapes
+from gpu_timing import (
+    Budget,
+    Recorder,
+    add_arguments,
+    capture,
+    graph_times,
+    header,
+    host_times,
+    warm_up,
+)
+from tabulate import tabulate
+
+import fxpass
+
+Tensor = torch.Tensor
+COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "eager": ("eager", {}),
+    "inductor": ("inductor", {}),
+    "inductor_epc": ("inductor", {"emulate_precision_casts": True}),
+    "fxpass": ("fxpass", {}),
+    "fxpass_eager": ("fxpass", {"numerics": "eager"}),
+    "fxpass_cuda": ("fxpass", {"providers": ("cuda",)}),
+    "fxpass_cuda_eager": ("fxpass", {"providers": ("cuda",), "numerics": "eager"}),
+    "fxpass_fused": ("fxpass", {"providers": ("inductor",)}),
+}
+"""Backend and options. The last three are measured only if asked for."""
+DEFAULT = ("eager", "inductor", "inductor_epc", "fxpass", "fxpass_eager")
+WORKS = (("decode", 1), ("prefill", 1), ("decode", 64), ("decode", 8), ("prefill", 8))
+TOKENS = {("prefill", 1): 4096, ("prefill", 8): 1024}
+LONG_S = 0.01
+"""Calls longer than this are repeated less often."""
+FILL_SHARE = 0.45
+RESERVE_S = 6.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed: a model, a phase, a batch."""
+
+    shape: Shape
+    phase: str
+    batch: int
+    tokens: int
+
+    def inputs(self, model: Model, device: str) -> tuple[Any, ...]:
+        """Arguments of the model."""
+        torch.manual_seed(1)
+        tokens = torch.randint(self.shape.vocab, (self.batch, self.tokens), device=device)
+        if self.phase == "prefill":
+            return (tokens,)
+        caches = model.caches(self.batch)
+        for pair in caches:
+            for cache in pair:
+                cache.normal_()
+        return tokens, torch.tensor([self.shape.cache - 1], device=device), caches
+
+
+def works(args: argparse.Namespace) -> list[Work]:
+    """What to measure, the more telling first."""
+    found = shapes(2 if args.tiny else args.layers)
+    if args.tiny:
+        small = [shape.tiny() for shape in found.values()]
+        return [Work(s, *w) for s in small for w in (("decode", 2, 1), ("prefill", 1, 16))]
+    return [Work(found[name], *work, TOKENS.get(work, 1)) for work in WORKS for name in args.models]
+
+
+def compiled(model: Model, column: str, only: bool = False) -> Callable[..., Tensor]:
+    """The model as a column runs it; with `only`, compiled for the caches and run as it is."""
+    backend, options = COLUMNS[column]
+    torch.compiler.reset()  # Dynamo would go on with the code of the backend before
+    fxpass.reset_report()
+    if backend == "eager":
+        return model
+    if backend == "inductor":
+        if only:
+            chosen = gpu_fill.inductor_only(options or None)
+            return torch.compile(model, dynamic=False, backend=chosen)
+        return torch.compile(model, dynamic=False, options=options or None)
+
+    def rewriting(graph: Any, inputs: Any) -> Any:
+        return fxpass.rmsnorm_backend(graph, inputs, options=options)
+
+    chosen = gpu_fill.compiling_only(rewriting) if only else rewriting
+    return torch.compile(model, dynamic=False, backend=chosen)
+
+
+def timed(call: Callable[[], object], device: str) -> dict[str, float | None]:
+    """graph_ms, call_ms and host_us of a call that was warmed up."""
+    if device == "cpu":
+        ms = statistics.median(host_times(call, 5)) / 1e3
+        return {"graph_ms": None, "call_ms": round(ms, 4), "host_us": None}
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    many = time.perf_counter() - start < LONG_S
+    host, whole = [], []
+    for _ in range(15 if many else 5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        host.append((time.perf_counter() - start) * 1e6)
+    torch.cuda.synchronize()
+    turns = 8 if many else 2
+    for _ in range(5 if many else 3):
+        start = time.perf_counter()
+        for _ in range(turns):
+            call()
+        torch.cuda.synchronize()
+        whole.append((time.perf_counter() - start) / turns * 1e3)
+    replay = capture(lambda _: call(), 1, 1)
+    graph = statistics.median([t for _ in range(3) for t in graph_times(replay, turns)]) / 1e3
+    return {
+        "graph_ms": round(graph, 4),
+        "call_ms": round(statistics.median(whole), 4),
+        "host_us": round(statistics.median(host), 1),
+    }
+
+
+def measure(
+    work: Work, model: Model, column: str, agreement: Agreement | None, device: str
+) -> dict[str, Any]:
+    """One row."""
+    start = time.monotonic()
+    call, inputs = compiled(model, column), work.inputs(model, device)
+    for _ in range(3):
+        call(*inputs)
+    spent = time.monotonic() - start
+    report = fxpass.last_report()
+    times = timed(lambda: call(*inputs), device)
+    same = agreement.of(call) if agreement else {"agree": None, "bits": None, "first": None}
+    return {
+        "model": work.shape.name,
+        "layers": work.shape.layers,
+        "phase": work.phase,
+        "batch": work.batch,
+        "tokens": work.tokens,
+        "column": column,
+        **times,
+        **same,
+        "norms": work.shape.norms,
+        "rewritten": len(report.rewritten) if column.startswith("fxpass") else None,
+        "first_call_s": round(spent, 1),
+    }
+
+
+def run(args: argparse.Namespace, budget: Budget) -> Recorder:
+    """Measure as much as the budget allows."""
+    count = gpu_fill.workers(args, 12)
+    filled = gpu_fill.fill(count, FILL_SHARE * args.budget, args.out / "model_fill.log")
+    print(f"caches: {filled}", file=sys.stderr, flush=True)
+    warm_up(args.device)
+    recorder = Recorder(args.out, "model", {**header(args), "weights": "random"})
+    models: dict[Shape, Model] = {}
+    longest = 0.0
+    for work in works(args):
+        model = models.get(work.shape) or models.setdefault(
+            work.shape, build(work.shape, args.device)
+        )
+        agreement = Agreement(model, work.batch) if work.phase == "decode" else None
+        for column in args.columns:
+            label = f"{work.shape.name} {work.phase} {work.batch}x{work.tokens} {column}"
+            if budget.left < RESERVE_S + longest:
+                recorder.about["cut"] = f"before {label}: {args.budget:.0f} s were over"
+                return recorder
+            before = budget.spent
+            try:
+                recorder.add([measure(work, model, column, agreement, args.device)])
+            except Exception as error:
+                traceback.print_exc()
+                failed = recorder.about.setdefault("failed", {})
+                failed[label] = f"{type(error).__name__}: {str(error)[:300]}"
+            longest = max(longest, budget.spent - before)
+            print(f"{budget.spent:.0f} s: {label}", file=sys.stderr, flush=True)
+    return recorder
+
+
+def fill(args: argparse.Namespace) -> None:
+    """What one of the filling processes does: compile its share."""
+    todo = [(w, c) for w in works(args) for c in args.columns if c != "eager"]
+    for work, column in gpu_fill.share(todo, args.fill):
+        try:
+            model = build(work.shape, args.device)
+            compiled(model, column, only=True)(*work.inputs(model, args.device))
+        except Exception:
+            traceback.print_exc()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def summary(record: dict[str, Any]) -> str:
+    """Times of each work side by side, agreement, and the host's share per norm."""
+    lines: list[dict[str, Any]] = []
+    hosts: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in record["results"]:
+        key = (row["model"], row["phase"], f"{row['batch']}x{row['tokens']}")
+        hosts.setdefault(key, {"norms": row["norms"]})[row["column"]] = row["host_us"]
+        shown = "column graph_ms call_ms host_us agree bits first rewritten".split()
+        lines.append(
+            {"model": key[0], "work": f"{key[1]} {key[2]}", **{name: row[name] for name in shown}}
+        )
+        base, mine = hosts[key].get("inductor"), row["host_us"]
+        per_norm = (mine - base) / row["norms"] if base and mine else None
+        lines[-1]["host_us/norm"] = per_norm if row["column"].startswith("fxpass") else None
+    keys = ("gpu", "torch", "triton", "commit", "date")
+    about = ", ".join(f"{key} {record[key]}" for key in keys)
+    layers = f"{record['results'][0]['layers']} layers each" if record["results"] else "no results"
+    problems = [f"! failed {what}: {why}" for what, why in record.get("failed", {}).items()]
+    cut = [f"! cut {record['cut']}"] if "cut" in record else []
+    table = tabulate(lines, headers="keys", missingval="-", floatfmt=("g",) * 3 + (".3f",) * 9)
+    note = "host_us/norm: what the host spends on a norm beyond Inductor's own. first -: never."
+    return "\n".join([f"{about}; {layers}, random weights", note, table, *problems, *cut])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, budget=240)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--models", nargs="+", choices=("llama", "qwen3"), default=None)
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(DEFAULT))
+    args = parser.parse_args()
+    args.models = args.models or ["llama", "qwen3"]
+    budget = Budget(args.budget)
+    gpu_fill.set_caches()
+    if args.columns[0] != "eager":
+        args.columns.insert(0, "eager")  # what the others are compared with
+    with torch.no_grad():
+        if args.fill:
+            fill(args)
+            return 0
+        recorder = run(args, budget)
+    recorder.about["seconds"] = round(budget.spent)
+    recorder.save()
+    print(summary(recorder.record()))
+    return int("failed" in recorder.about)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
