@@ -64,6 +64,7 @@ class _Editor:
         self._replacements: dict[fx.Node, fx.Node] = {}
         self._interior: list[fx.Node] = []
         self._site: Site
+        self._first = _first_after_inputs(graph)
 
     def add(self, plan: Plan) -> None:
         """Add the nodes of one plan and note what they replace."""
@@ -205,17 +206,13 @@ class _Editor:
         return node
 
     def _after(self, inputs: list[fx.Node]) -> AbstractContextManager[None]:
+        first = self._first
         latest = max(inputs) if inputs else None
-        if latest is None or latest.op == "placeholder":
-            place = self.graph.inserting_before(self._first_body())
+        if latest is None or latest < first:
+            place = self.graph.inserting_before(first)
         else:
             place = self.graph.inserting_after(latest)
         return cast("AbstractContextManager[None]", place)
-
-    def _first_body(self) -> fx.Node:
-        """The node to insert before so that placeholders stay in front."""
-        found: fx.Node = next(node for node in self.graph.nodes if node.op != "placeholder")
-        return found
 
     def undo(self, count: int) -> None:
         """Take back every added node but the first `count`."""
@@ -241,6 +238,14 @@ class _Editor:
                 self.graph.erase_node(node)
                 removed += 1
         return removed
+
+
+def _first_after_inputs(graph: fx.Graph) -> fx.Node:
+    """The node after the last placeholder; AOTInductor's graphs have the weights before them."""
+    found: fx.Node = next(iter(graph.nodes))
+    for node in graph.nodes:
+        found = node.next if node.op == "placeholder" else found
+    return found
 
 
 def _is_cast(node: fx.Node) -> bool:

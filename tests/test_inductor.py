@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from cases_rounding import unit
@@ -173,3 +176,39 @@ def test_outside_a_compiler_it_is_the_reference() -> None:
         _norm(spec, given), given.run(reference.KERNEL, spec).values(), strict=True
     ):
         assert torch.equal(found, wanted)
+
+
+LOAD = """
+import sys, torch
+model = torch._inductor.aoti_load_package(sys.argv[1])
+x, wanted = torch.load(sys.argv[2])
+assert (model(x) == wanted).float().mean() >= 0.999
+assert "fxpass" not in sys.modules
+"""
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(64).bfloat16())
+
+    def forward(self, x):
+        return llama(x, self.weight)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")
+def test_a_package_built_ahead_of_time_runs_without_fxpass(tmp_path) -> None:
+    model, (x,) = Block(), tensors("bf16[8,64]")
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: rows},))
+    package, data = tmp_path / "model.pt2", tmp_path / "data.pt"
+    with fxpass.install(strict=True) as installed:
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(package))
+    (site,) = installed.report.rewritten
+    assert site.kernel == "inductor.fused"
+    assert any("must run without fxpass" in reason for reason in site.refusals)
+    torch.save((x, model(x)), data)
+    command = [sys.executable, "-c", LOAD, package, data]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
