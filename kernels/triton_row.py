@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fxpass.kernels import gpu_rows, steps, triton_source
+from fxpass.kernels import gpu_rows, steps, triton_source, triton_words
 from fxpass.kernels.contract import Contract, Hidden, Inline, Kernel, Layout, Outputs
 from fxpass.spec import Inverse, NormSpec, Rounding
 
@@ -81,7 +81,7 @@ def inline(spec: NormSpec, hidden: int, rows: int | None) -> Inline:
 
 def refusal(spec: NormSpec) -> str | None:
     """Why no kernel can be generated for `spec`, or None."""
-    return steps.refusal(spec, tuple(triton_source.TYPES))
+    return steps.refusal(spec, tuple(triton_words.TYPES))
 
 
 def prepare(spec: NormSpec, hidden: int | None) -> str | None:

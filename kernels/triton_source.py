@@ -7,21 +7,18 @@ Reduction. `tl.sum` over many elements adds in an order that depends on the layo
 num_warps and on pointer alignment. Over an axis of two there is only one sum, so the tree of
 `gpu_rows` is a chain of such sums.
 
-Products. A product that meets an addition is contracted into a fused multiply-add where the
-compiler sees both in one thread. `tl.fma(a, b, minus_zero)` is the rounded product, with its sign,
-and cannot be contracted. LLVM turns it back into a product if it knows the addend, so that one is
-read off an address; Triton itself makes a literal -0.0 into +0.0.
+Products. `minus_zero` keeps products from being contracted (see `triton_words`). LLVM drops an
+addend that it knows to be -0.0, so this one is read off an address; Triton itself makes a literal
+-0.0 into +0.0.
 
-Rows. The row number is an int32 (a grid is no larger) and becomes an int64 offset at once:
-rows * hidden may exceed 2**31.
+Rows. The row number is an int32 (a grid is no larger), so that divisions are, and becomes an int64
+offset at once: rows * hidden may exceed 2**31.
 """
 
 from __future__ import annotations
 
 import hashlib
 import linecache
-import math
-import struct
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from typing import Any
@@ -29,40 +26,14 @@ from typing import Any
 import torch
 
 from fxpass.kernels import gpu_rows, steps
-from fxpass.kernels.steps import Statement
+from fxpass.kernels.triton_words import TYPES, lines, rounded
 from fxpass.spec import NormSpec, is_narrow
 
-TYPES = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.float32: "tl.float32"}
 IN_REGISTERS = 16384
 """Most elements of a row that are kept between the two passes; a longer row is read twice."""
 NAME = "fxpass_row"
-
-EXPRESSIONS = {
-    "mean": "{v} * {inverse_n}",  # ATen's MeanOps multiplies by a float32 factor
-    "sum": "{v}",
-    "div_n": "tl.div_rn({v}, {n})",
-    "mul_n": "{v} * {inverse_n}",
-    "mul_const": "{v} * {constant}",
-    "add_eps": "{v} + eps",
-    "clamp_eps": "tl.where({v} < {bound}, {bound}, {v})",  # a NaN stays
-    "sqrt": "tl.sqrt_rn({v})",
-    "square": "{v} * {v}",
-    "rsqrt": "tl.rsqrt({v} * {up}) * {down}",
-    "reciprocal": "tl.div_rn(1.0, {v})",
-    "cast": "{v}",
-    "offset": "{v} + {constant}",
-    "mul_row": "{v} * row_value",
-    "div_row": "tl.div_rn({v}, row_value)",
-    "mul_weight": "{v} * factor",
-    "add_bias": "{v} + shift",
-}
-"""How each operation is written, on float32 values, as eager computes it on a GPU.
-
-tl.rsqrt flushes subnormals on NVIDIA; eager's scales them, and so the powers of two.
-"""
-_PRODUCTS = ("mean", "mul_n", "mul_const", "square", "mul_row", "mul_weight")
-_ADDITIONS = ("add_eps", "add_bias")
 _MOST_GROUPS = 32
+"""Most sums that the warps exchange at once; every thread reads all of them."""
 
 
 def parameters(spec: NormSpec) -> tuple[str, ...]:
@@ -114,7 +85,7 @@ class _Writer:
         self.lanes = gpu_rows.lanes(hidden)
         self.chunks = -(-hidden // self.lanes)
         self.kept = self.lanes * self.chunks <= IN_REGISTERS
-        of_a_warp = 32 * 16 // spec.x.itemsize
+        of_a_warp = 32 * 16 // spec.x.itemsize  # lanes, each thread having read 16 bytes
         groups = min(_MOST_GROUPS, self.lanes // of_a_warp)
         self.groups = groups if self.rows == 1 and groups > 1 else None
 
@@ -163,13 +134,14 @@ class _Writer:
             yield f"r = tl.program_id(0) * {self.rows} + tl.arange(0, {self.rows})[:, None]"
             yield "present = r < rows"
         yield f"lane = tl.arange(0, {self.lanes})[None, :]"
+        yield "inner = tl.cast(inner, tl.int32)"
         yield "upper = (r // inner).to(tl.int64)"
         yield "lower = (r % inner).to(tl.int64)"
         for name in ("x", "residual") if self.spec.residual is not None else ("x",):
             yield f"{name} += upper * {name}_outer + lower * {name}_step"
         for name in ("weight", "bias"):
             if getattr(self.spec, name) is not None:
-                yield f"{name} += (r % {name}_rows).to(tl.int64) * {self.hidden}"
+                yield f"{name} += (r % tl.cast({name}_rows, tl.int32)).to(tl.int64) * {self.hidden}"
         for name in ("out", "sum"):
             if name in self.spec.outputs:
                 yield f"{name} += r.to(tl.int64) * {self.hidden}"
@@ -220,7 +192,7 @@ class _Writer:
             # The square of a 16-bit value is exact.
             yield f"acc = tl.fma({name}, {name}, {'minus_zero' if first else 'acc'}){comment}"
             return
-        squares = f"tl.fma({name}, {name}, minus_zero){_rounded(statement)}"
+        squares = f"tl.fma({name}, {name}, minus_zero){rounded(statement)}"
         yield f"acc {'=' if first else '+='} {squares}{comment}"
 
     def _row_value(self) -> Iterator[str]:
@@ -236,7 +208,7 @@ class _Writer:
             width //= 2
             yield f"acc = tl.sum(tl.reshape(acc, [{self.rows}, {width}, 2]), axis=2)"
         yield "row_value = acc"
-        yield from self._lines(steps.row(self.spec), "row_value")
+        yield from lines(steps.row(self.spec), "row_value", self.hidden)
         if "row" in self.spec.outputs:
             pointer = "row + r" if self.rows > 1 else "row + r + tl.arange(0, 1)[:, None]"
             guard = ", mask=present" if self.rows > 1 else ""
@@ -246,70 +218,12 @@ class _Writer:
         """The factor, the element program, and the store of one chunk."""
         if self.spec.weight is not None:
             yield f"factor = weight{suffix}.to(tl.float32)"
-            yield from self._lines(steps.factor(self.spec), "factor")
+            yield from lines(steps.factor(self.spec), "factor", self.hidden)
         if self.spec.bias is not None:
             yield f"shift = bias{suffix}.to(tl.float32)"
         yield f"y = {name}"
-        yield from self._lines(steps.element(self.spec), "y")
+        yield from lines(steps.element(self.spec), "y", self.hidden)
         yield self._store("out", start, "y", self.spec.out)
-
-    def _lines(self, statements: list[Statement], name: str) -> Iterator[str]:
-        for statement, fused in zip(statements, _meets_addition(statements), strict=True):
-            expression = self._expression(statement, name)
-            if fused:
-                left, _, right = expression.partition(" * ")
-                expression = f"tl.fma({left}, {right}, minus_zero)"
-            elif statement.narrow and " " in expression:
-                expression = f"({expression})"
-            value = f"{expression}{_rounded(statement)}"
-            yield f"{'' if value == name else f'{name} = {value}  '}# {statement.comment}"
-
-    def _expression(self, statement: Statement, name: str) -> str:
-        bound = "eps"
-        if is_narrow(statement.computed):
-            bound = f"eps.to({TYPES[statement.computed]}).to(tl.float32)"
-        small = f"{name} < {torch.finfo(torch.float32).tiny}"
-        return EXPRESSIONS[statement.op].format(
-            v=name,
-            n=_literal(self.hidden),
-            inverse_n=_literal(1.0 / self.hidden),
-            constant=_literal(_constant(statement)),
-            bound=bound,
-            up=f"tl.where({small}, 16777216.0, 1.0)",
-            down=f"tl.where({small}, 4096.0, 1.0)",
-        )
-
-
-def _constant(statement: Statement) -> float:
-    if statement.value is not None:
-        return statement.value
-    return 1.0 if statement.op == "mul_const" else 0.0
-
-
-def _meets_addition(statements: list[Statement]) -> list[bool]:
-    """For each statement whether it is a product and an addition is the next operation.
-
-    A 16-bit rounding between the two is no protection: the compiler may do both in 16 bits.
-    """
-    found = []
-    following = ""
-    for statement in reversed(statements):
-        found.append(statement.op in _PRODUCTS and following in _ADDITIONS)
-        following = following if statement.op == "cast" else statement.op
-    return found[::-1]
-
-
-def _rounded(statement: Statement) -> str:
-    return "".join(f".to({TYPES[dtype]}).to(tl.float32)" for dtype in statement.narrow)
-
-
-def _literal(value: float) -> str:
-    """A float32 constant. Triton would lose the sign of -0.0 and widen a subnormal to float64."""
-    single = steps.single(value)
-    if math.isfinite(single) and abs(single) >= torch.finfo(torch.float32).tiny:
-        return repr(single)
-    (bits,) = struct.unpack("i", struct.pack("f", single))
-    return f"tl.full([], {bits}, tl.int32).to(tl.float32, bitcast=True)"
 
 
 def _plus(start: int | str) -> str:

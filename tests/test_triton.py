@@ -12,7 +12,7 @@ import torch
 from kernel_cases import LLAMA, SPECS
 from triton_cases import MORE_SPECS
 
-from fxpass.kernels import triton_row, triton_source
+from fxpass.kernels import triton_row, triton_source, triton_words
 from fxpass.spec import NormSpec
 
 triton = pytest.importorskip("triton")
@@ -152,7 +152,7 @@ def test_no_rounding_is_contracted_away(name, capability):
 
 
 def test_contraction_is_noticed(monkeypatch):
-    monkeypatch.setattr(triton_source, "_PRODUCTS", ())
+    monkeypatch.setattr(triton_words, "_PRODUCTS", ())
     triton_row._kernel.cache_clear()
     ptx = compiled(NormSpec.parse(SPECS["bias"]), 128).asm["ptx"]
     triton_row._kernel.cache_clear()

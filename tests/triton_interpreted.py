@@ -5,6 +5,7 @@ Triton is imported.
 """
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -141,8 +142,8 @@ def test_expanded_rows_and_many_dims():
 @pytest.mark.parametrize("name", SPECS)
 def test_special_values_stay_in_their_row(name):
     spec = NormSpec.parse(SPECS[name])
-    for bad in (math.nan, math.inf, -math.inf):
-        given = inputs(spec, 3, 100)
+    for bad, hidden in itertools.product((math.nan, math.inf, -math.inf), (100, 1000)):
+        given = inputs(spec, 3, hidden)
         given.x[1, 50] = bad
         assert_same(run(spec, given), expected(spec, given))
 
