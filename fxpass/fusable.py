@@ -9,6 +9,7 @@ operator makes for the norm alone. The bytes are per row: the answer is the same
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -105,7 +106,7 @@ def _fused_maker(site: Site, taken: Container[fx.Node]) -> fx.Node | None:
 
 def _is_fused(node: fx.Node) -> bool:
     """True for operators that Inductor computes inside a kernel with others."""
-    target = node.target
+    target: Any = node.target
     if not hasattr(target, "overloadpacket"):
         return False
     return torch.Tag.pointwise in target.tags or _name(node) in _FUSED
