@@ -64,7 +64,9 @@ class _Editor:
         self._replacements: dict[fx.Node, fx.Node] = {}
         self._interior: list[fx.Node] = []
         self._site: Site
-        self._first = _first_after_inputs(graph)
+        self._last_input = [n for n in graph.nodes if n.op == "placeholder"][-1:]
+        """New nodes stay behind it; AOTInductor's graphs have the weights before the inputs."""
+        self._first = self._last_input[0].next if self._last_input else next(iter(graph.nodes))
 
     def add(self, plan: Plan) -> None:
         """Add the nodes of one plan and note what they replace."""
@@ -206,10 +208,9 @@ class _Editor:
         return node
 
     def _after(self, inputs: list[fx.Node]) -> AbstractContextManager[None]:
-        first = self._first
-        latest = max(inputs) if inputs else None
-        if latest is None or latest < first:
-            place = self.graph.inserting_before(first)
+        latest = max([*inputs, *self._last_input], default=None)
+        if latest is None or latest in self._last_input:
+            place = self.graph.inserting_before(self._first)
         else:
             place = self.graph.inserting_after(latest)
         return cast("AbstractContextManager[None]", place)
@@ -238,14 +239,6 @@ class _Editor:
                 self.graph.erase_node(node)
                 removed += 1
         return removed
-
-
-def _first_after_inputs(graph: fx.Graph) -> fx.Node:
-    """The node after the last placeholder; AOTInductor's graphs have the weights before them."""
-    found: fx.Node = next(iter(graph.nodes))
-    for node in graph.nodes:
-        found = node.next if node.op == "placeholder" else found
-    return found
 
 
 def _is_cast(node: fx.Node) -> bool:
