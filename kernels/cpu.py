@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fxpass.kernels import cpu_build, cpu_call, cpu_source
+from fxpass.kernels.build_cache import BuildError, Once
 from fxpass.kernels.contract import Contract, Hidden, Kernel, Layout, Outputs
 from fxpass.spec import Inverse, NormSpec, Rounding
 
@@ -41,7 +42,7 @@ CONTRACT = Contract(
     "order, then a binary tree over the lanes",
 )
 
-_entries: cpu_build.Once[cpu_call.Call] = cpu_build.Once()
+_entries: Once[cpu_call.Call] = Once()
 _by_identity: dict[int, tuple[NormSpec, cpu_call.Call]] = {}
 _BY_IDENTITY_MOST = 1024
 
@@ -59,7 +60,7 @@ def prepare(spec: NormSpec, hidden: int | None) -> str | None:
     del hidden  # one kernel serves every hidden
     try:
         entry(spec)
-    except cpu_build.BuildError as error:
+    except BuildError as error:
         return str(error)
     return None
 
@@ -97,7 +98,7 @@ def _remembered(spec: NormSpec) -> cpu_call.Call:
 def _built(spec: NormSpec) -> cpu_call.Call:
     refused = cpu_source.refusal(spec)
     if refused is not None:
-        raise cpu_build.BuildError(refused)
+        raise BuildError(refused)
     glue = cpu_call.has_glue()
     with ThreadPoolExecutor(1) as pool:  # the first build compiles the glue beside the kernel
         waiting = pool.submit(cpu_call.load_glue) if glue else None
@@ -116,7 +117,7 @@ def unavailable() -> str | None:
     """None, or why no kernel can be built here."""
     try:
         cpu_build.compiler()
-    except cpu_build.BuildError as error:
+    except BuildError as error:
         return str(error)
     return None
 

@@ -1,4 +1,8 @@
-"""A callable for the CUDA row kernel of one spec and hidden: tensors in, tensors out."""
+"""A callable for the CUDA row kernel of one spec: tensors in, tensors out.
+
+Host time matters at decode sizes, where a kernel runs for 1 us: all that follows from shapes and
+strides is worked out once and kept, a call only looks it up, fills in pointers and launches.
+"""
 
 from __future__ import annotations
 
@@ -10,137 +14,198 @@ from typing import Any
 
 import torch
 
-from fxpass.kernels import c_struct, cuda_build, cuda_driver, cuda_source, gpu_rows
+from fxpass.kernels import cuda_build, cuda_driver, cuda_source, gpu_rows
 from fxpass.kernels.build_cache import Once
 from fxpass.kernels.cuda_source import Schedule
 from fxpass.spec import NormSpec
 
-_PACK = struct.Struct("7Q8qfI")  # FxArgs of cuda_row.h
+Tensor = torch.Tensor
+
+_POINTERS = struct.Struct("7Q")  # FxArgs of cuda_row.h: pointers, then the rest
+_REST = struct.Struct("8qfI")
 _WIDE = 16  # bytes of one access
+_PLANS_MOST = 4096  # shapes seen; a model with more starts over
 
 
 class RowKernel:
-    """The kernel of one spec and hidden on one device, in any schedule."""
+    """The kernel of one spec and hidden on one device."""
 
     def __init__(
         self,
         spec: NormSpec,
         hidden: int,
         device: int,
-        schedule: Callable[[int, int], Schedule],
+        schedule: Callable[[NormSpec, int, int], Schedule],
     ) -> None:
         self._spec, self._hidden, self._device = spec, hidden, device
         self._schedule = schedule
         self._capability = torch.cuda.get_device_capability(device)
-        self._launchers: Once[_Launcher] = Once()
-        self._dtypes = tuple(
-            {"out": spec.out, "sum": spec.normed, "row": spec.row_dtype}[name]
-            for name in spec.outputs
-        )
-        self._bytes = (spec.x.itemsize, 0 if spec.residual is None else spec.residual.itemsize)
+        self._kernels: Once[ctypes.c_void_p] = Once()
+        self._plans: dict[Any, _Plan] = {}
+        dtypes = {"out": spec.out, "sum": spec.normed, "row": spec.row_dtype}
+        self._made = [dtypes.get(name) if name in spec.outputs else None for name in dtypes]
+        self._empty = _allocator(device)
 
     def prepare(self) -> None:
         """Build the schedules for few and for many rows. Raises BuildError."""
         for rows in (1, 1 << 20):
-            self._launcher(self._schedule(self._hidden, rows))
+            self.kernel(self._schedule(self._spec, self._hidden, rows))
+
+    def kernel(self, schedule: Schedule) -> ctypes.c_void_p:
+        """The loaded kernel of a schedule. Raises BuildError."""
+
+        def make() -> ctypes.c_void_p:
+            text = cuda_source.source(self._spec, self._hidden, schedule)
+            return cuda_driver.load(cuda_build.cubin(text, self._capability), "fxpass_run")
+
+        return self._kernels.get(schedule, make)
 
     def __call__(
         self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
         eps: float,
     ) -> Any:
         """(..., hidden) -> the outputs of the spec, contiguous; a tensor if there is only one."""
-        shape = x.shape
-        made = {
-            name: torch.empty(
-                (*shape[:-1], 1) if name == "row" else shape, dtype=dtype, device=x.device
-            )
-            for name, dtype in zip(self._spec.outputs, self._dtypes, strict=True)
-        }
-        self._run(x, residual, weight, bias, eps, made)
-        return made["out"] if len(made) == 1 else tuple(made.values())
-
-    def _run(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        eps: float,
-        made: dict[str, torch.Tensor],
-    ) -> None:
-        x, residual, rows = _addressed(x, residual)
-        if not rows.count:
-            return
-        weight, weight_rows = _rows_of(weight, self._hidden)
-        bias, bias_rows = _rows_of(bias, self._hidden)
-        pointers = [
-            0 if tensor is None else tensor.data_ptr()
-            for tensor in (x, residual, weight, bias, *map(made.get, c_struct.OUTPUTS))
-        ]
-        steps = [rows.outer[0], rows.step[0], *(0, 0)]
-        if residual is not None:
-            steps[2:] = rows.outer[1], rows.step[1]
-        aligned = pointers[0] | pointers[1] | pointers[2] | pointers[3]
-        for index, size in enumerate(self._bytes):
-            aligned |= (steps[2 * index] | steps[2 * index + 1]) * size
-        packed = _PACK.pack(
-            *pointers, rows.count, rows.inner, *steps, weight_rows, bias_rows, eps,
-            aligned % _WIDE == 0,
-        )  # fmt: skip
-        launcher = self._launcher(self._schedule(self._hidden, rows.count))
-        launcher.launch(rows.count, packed, torch._C._cuda_getCurrentRawStream(self._device))
-
-    def _launcher(self, schedule: Schedule) -> _Launcher:
-        def make() -> _Launcher:
-            text = cuda_source.source(self._spec, self._hidden, schedule)
-            return _Launcher(cuda_build.cubin(text, self._capability), schedule, self._capability)
-
-        return self._launchers.get(schedule, make)
-
-
-class _Launcher:
-    """One loaded kernel."""
-
-    def __init__(self, cubin: bytes, schedule: Schedule, capability: tuple[int, int]) -> None:
-        self._rows = schedule.rows
-        self._kernel = cuda_driver.load(cubin, "fxpass_run")
-        self._config = cuda_driver.config(
-            schedule.threads * schedule.rows, overlap=capability >= (9, 0)
+        key = (
+            x.shape,
+            x.stride(),
+            None if residual is None else residual.stride(),
+            None if weight is None else weight.shape,
+            None if bias is None else bias.shape,
+            eps,
         )
-        self._reference = ctypes.byref(self._config)
-        self._arguments = ctypes.create_string_buffer(_PACK.size)
-        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._arguments))
-        self._lock = threading.Lock()
-        self._go = cuda_driver.driver().cuLaunchKernelEx
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._planned(key, x, residual, weight, bias, eps)
+        if plan.copies:
+            x = x.contiguous()
+            residual = None if residual is None else residual.contiguous()
+        made = [
+            None if dtype is None else self._empty(*plan.outputs[index], dtype)
+            for index, dtype in enumerate(self._made)
+        ]
+        if plan.rows:
+            weight = None if weight is None else weight.contiguous()
+            bias = None if bias is None else bias.contiguous()
+            plan.launch((x, residual, weight, bias, *made), self._device)
+        found = [tensor for tensor in made if tensor is not None]
+        return found[0] if len(found) == 1 else tuple(found)
 
-    def launch(self, rows: int, packed: bytes, stream: int) -> None:
-        with self._lock:  # the buffer and the configuration are this launcher's, not the call's
-            self._arguments[:] = packed
-            self._config.grid_x = -(-rows // self._rows)
-            self._config.stream = stream
-            status = self._go(self._reference, self._kernel, self._pointers, None)
+    def _planned(
+        self,
+        key: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> _Plan:
+        """Work out the launch for tensors like these, and keep it."""
+        strides = [x.stride()] if residual is None else [x.stride(), residual.stride()]
+        rows = gpu_rows.address(x.shape, strides)
+        copies = rows is None
+        if rows is None:
+            rows = gpu_rows.address(x.shape, [_dense(x.shape)] * len(strides))
+            assert rows is not None
+        itemsizes = [x.itemsize, 0 if residual is None else residual.itemsize]
+        steps = [step for pair in zip(rows.outer, rows.step, strict=True) for step in pair]
+        steps += [0] * (4 - len(steps))
+        misaligned = 0
+        for index, step in enumerate(steps):
+            misaligned |= step * itemsizes[index // 2]
+        factor_rows = [1 if t is None else t.numel() // self._hidden for t in (weight, bias)]
+        arguments = (rows.count, rows.inner, *steps, *factor_rows, eps)
+        schedule = self._schedule(self._spec, self._hidden, rows.count)
+        plan = _Plan(self.kernel(schedule), schedule, arguments, misaligned % _WIDE == 0)
+        plan.copies, plan.rows = copies, rows.count
+        plan.outputs = _outputs(x.shape)
+        if self._capability >= (9, 0):
+            plan.overlap()
+        if len(self._plans) >= _PLANS_MOST:
+            self._plans.clear()
+        self._plans[key] = plan
+        return plan
+
+
+class _Plan:
+    """One launch, complete but for its pointers and stream."""
+
+    copies = False
+    rows = 0
+    outputs: tuple[tuple[Any, Any], ...] = ()
+    """Size and stride of out, sum and row."""
+
+    def __init__(
+        self,
+        kernel: ctypes.c_void_p,
+        schedule: Schedule,
+        arguments: tuple[Any, ...],
+        aligned: bool,
+    ) -> None:
+        self._kernel = kernel.value
+        self._rest = {wide: _REST.pack(*arguments, wide) for wide in (False, True)}
+        self._aligned = aligned
+        self._config = cuda_driver.Config(
+            grid_x=-(-arguments[0] // schedule.rows), grid_y=1, grid_z=1,
+            block_x=schedule.threads * schedule.rows, block_y=1, block_z=1,
+        )  # fmt: skip
+        self._buffer = ctypes.create_string_buffer(_POINTERS.size + _REST.size)
+        self._rest_address = ctypes.addressof(self._buffer) + _POINTERS.size
+        self._wide: bool | None = None
+        self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
+        self._addresses = (ctypes.addressof(self._config), ctypes.addressof(self._parameters))
+        self._lock = threading.Lock()
+        self._go = cuda_driver.launcher()
+
+    def overlap(self) -> None:
+        """Let the kernel start while the one before it still runs."""
+        cuda_driver.overlap(self._config)
+
+    def launch(self, tensors: tuple[Tensor | None, ...], device: int) -> None:
+        """x, residual, weight, bias, out, sum, row; on the device's current stream."""
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        bits = pointers[0] | pointers[1] | pointers[2] | pointers[3]
+        wide = self._aligned and bits % _WIDE == 0
+        config, parameters = self._addresses
+        with self._lock:  # the buffer and the configuration belong to every thread's calls
+            if wide is not self._wide:
+                ctypes.memmove(self._rest_address, self._rest[wide], _REST.size)
+                self._wide = wide
+            _POINTERS.pack_into(self._buffer, 0, *pointers)
+            self._config.stream = _stream(device)
+            status = self._go(config, self._kernel, parameters, None)
         if status:
             cuda_driver.check(status, "cuLaunchKernelEx")
 
 
-def _addressed(
-    x: torch.Tensor, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None, gpu_rows.Rows]:
-    """The inputs with the way to their rows; copied if it takes more than two strides."""
-    given = [x] if residual is None else [x, residual]
-    rows = gpu_rows.address(x.shape, [tensor.stride() for tensor in given])
-    if rows is None:
-        given = [tensor.contiguous() for tensor in given]
-        rows = gpu_rows.address(x.shape, [tensor.stride() for tensor in given])
-        assert rows is not None
-    return given[0], None if residual is None else given[1], rows
+def _stream(device: int) -> int:
+    """The device's current stream, as Inductor gets it (1 us less than in public)."""
+    return int(torch._C._cuda_getCurrentRawStream(device))
 
 
-def _rows_of(factor: torch.Tensor | None, hidden: int) -> tuple[torch.Tensor | None, int]:
-    if factor is None:
-        return None, 1
-    return factor.contiguous(), factor.numel() // hidden
+def _dense(shape: Any) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _outputs(shape: Any) -> tuple[tuple[Any, Any], ...]:
+    full, single = tuple(shape), (*shape[:-1], 1)
+    return ((full, _dense(full)), (full, _dense(full)), (single, _dense(single)))
+
+
+def _allocator(device: int) -> Callable[..., Tensor]:
+    """(size, stride, dtype) -> tensor on the current device, which the caller has set."""
+    try:
+        from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
+    except ImportError:
+        return lambda size, stride, dtype: torch.empty_strided(
+            size, stride, dtype=dtype, device=f"cuda:{device}"
+        )
+    fast: Callable[..., Tensor] = _empty_strided_cuda
+    return fast

@@ -34,14 +34,11 @@ class Config(ctypes.Structure):
 _OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
-def config(threads: int, overlap: bool) -> Config:
-    """A launch of blocks of `threads` threads; `overlap` asks for programmatic dependent launch."""
-    made = Config(grid_x=1, grid_y=1, grid_z=1, block_x=threads, block_y=1, block_z=1)
-    if overlap:
-        made.attributes = (Attribute * 1)(Attribute(id=_OVERLAP))
-        made.attributes[0].value[0] = 1
-        made.attribute_count = 1
-    return made
+def overlap(config: Config) -> None:
+    """Ask for programmatic dependent launch (compute capability 9.0)."""
+    config.attributes = (Attribute * 1)(Attribute(id=_OVERLAP))
+    config.attributes[0].value[0] = 1
+    config.attribute_count = 1
 
 
 @cache
@@ -53,6 +50,14 @@ def driver() -> Any:
         except OSError:
             continue
     raise BuildError("no CUDA driver (libcuda.so.1)")
+
+
+@cache
+def launcher() -> Any:
+    """`cuLaunchKernelEx(config, kernel, parameters, None)`, of plain addresses."""
+    function = driver().cuLaunchKernelEx
+    function.argtypes = [ctypes.c_void_p] * 4
+    return function
 
 
 def load(cubin: bytes, name: str) -> ctypes.c_void_p:

@@ -4,7 +4,8 @@
 // FX_HIDDEN, FX_LANES   the row and its reduction tree (kernels/gpu_rows.py)
 // FX_THREADS            threads of a row: a multiple of 32, or a power of two below
 // FX_ROWS               rows of a block
-// FX_EARLY              whether the weight is loaded before the sum is known
+// FX_EAGER              whether the next kernel may be launched at once
+// FX_KEPT_BYTES         most of a row that a thread keeps in registers
 //
 // A thread owns units of 8 consecutive elements: units t, t + FX_THREADS, ... of every chunk of
 // FX_LANES elements, with one accumulator per unit. So any FX_THREADS gives the same bits.
@@ -102,8 +103,8 @@ FX_INLINE float rounded(float v) {
 
 template <class T>
 FX_INLINE void store_one(T* to, float v) {
-  Two<T> two = Two<T>::narrow({v, 0.0f});
-  __builtin_memcpy(to, &two, sizeof(T));
+  const Two<T> two = Two<T>::narrow({v, 0.0f});
+  *to = *(const T*)&two;
 }
 
 // ---- Eight elements at a time -------------------------------------------------------------------
@@ -309,9 +310,10 @@ FX_INLINE float row_sum(const float* lane, int t, int row_of_block) {
     for (int p = 0; p < PARTIALS; ++p) all[p] = shared[row_of_block][p];
     return tree<PARTIALS>(all);
   } else {  // 32 warps that each add 32 values would be 31 additions for every thread
-    float mine = t % 32 < PARTIALS ? shared[row_of_block][t % 32] : 0.0f;
+    constexpr int WIDTH = PARTIALS <= 16 ? 16 : 32;
+    float mine = t % WIDTH < PARTIALS ? shared[row_of_block][t % WIDTH] : 0.0f;
 #pragma unroll
-    for (int distance = 1; distance < PARTIALS; distance *= 2)
+    for (int distance = 1; distance < WIDTH; distance *= 2)
       mine = mine + __shfl_xor_sync(0xffffffffu, mine, distance);
     return mine;
   }
@@ -324,7 +326,8 @@ FX_INLINE void run(const FxArgs& a) {
   typedef Unit<typename S::Weight> Weights;
   // Stores may alias the inputs as far as the compiler knows, so each batch loads before it stores.
   constexpr int BATCH = Here::kept ? CHUNKS : 1;
-  constexpr bool EARLY = FX_EARLY && Here::kept && BATCH * MINE * (int)sizeof(Weights) <= 64;
+  // Few enough to be loaded with x, before the sum is known.
+  constexpr bool EARLY = Here::kept && BATCH * MINE * (int)sizeof(Weights) <= 64;
   const int t = threadIdx.x % FX_THREADS, row_of_block = threadIdx.x / FX_THREADS;
   const u32 r = blockIdx.x * (u32)FX_ROWS + row_of_block;
   const bool active = r < a.rows;  // the others only take part in the shuffles and barriers
@@ -332,7 +335,7 @@ FX_INLINE void run(const FxArgs& a) {
 #if __CUDA_ARCH__ >= 900
   // Launched while the kernel before still runs: nothing it wrote may be read earlier.
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  if (FX_TRIGGER == 0) asm volatile("griddepcontrol.launch_dependents;");
+  if (FX_EAGER) asm volatile("griddepcontrol.launch_dependents;");
 #endif
   Unit<Normed> held[BATCH][MINE];
   Weights w[BATCH][MINE];
@@ -384,7 +387,7 @@ FX_INLINE void run(const FxArgs& a) {
   }
   const float squares = row_sum(lane, t, row_of_block);
 #if __CUDA_ARCH__ >= 900
-  if (FX_TRIGGER == 1) asm volatile("griddepcontrol.launch_dependents;");
+  if (!FX_EAGER) asm volatile("griddepcontrol.launch_dependents;");
 #endif
   if (!active) return;
   const float scale = S::row(squares, (float)FX_HIDDEN, (float)(1.0 / (double)FX_HIDDEN), a.eps);

@@ -36,9 +36,8 @@ class Schedule:
     """Of a row: a multiple of 32, or a power of two below."""
     rows: int
     """Of a block."""
-    early: bool = True
-    """Load the weight before the sum is known."""
-    trigger: int = 1
+    eager: bool = False
+    """Let the next kernel be launched at once: for grids that leave multiprocessors free."""
 
 
 def refusal(spec: NormSpec) -> str | None:
@@ -61,8 +60,7 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
             f"#define FX_LANES {gpu_rows.lanes(hidden)}",
             f"#define FX_THREADS {schedule.threads}",
             f"#define FX_ROWS {schedule.rows}",
-            f"#define FX_EARLY {int(schedule.early)}",
-            f"#define FX_TRIGGER {schedule.trigger}",
+            f"#define FX_EAGER {int(schedule.eager)}",
             f"#define FX_KEPT_BYTES {_KEPT_BYTES}",
             header("cuda_row.h"),
             *c_struct.struct(spec, _QUALIFIERS, _WORDS, flags, more),

@@ -118,7 +118,9 @@ def element(spec: NormSpec) -> list[Statement]:
         if step.op != "cast":
             widened = _widened(dtype, step.dtype)
             computed = widened if other is None else torch.promote_types(widened, other)
-        roundings = (computed, step.dtype) if op != "cast" else (step.dtype,)
+        roundings: tuple[torch.dtype, ...] = (
+            (computed, step.dtype) if op != "cast" else (step.dtype,)
+        )
         if step is spec.element[-1]:
             roundings = () if computed == step.dtype else roundings[:-1]
         statements.append(Statement(op, computed, roundings, str(step)))

@@ -52,7 +52,11 @@ PRIVATE_TORCH: dict[str, set[str] | None] = {
     # Saves 1.5 us a call, has a public fallback, and kernels do not import the pass.
     "kernels.cpu_call": {"torch._C._dynamo.guards._empty_strided_cpu"},
     # What Inductor's own launches use; the public stream object costs 1 us more.
-    "kernels.cuda_call": {"torch._C._cuda_getCurrentRawStream"},
+    "kernels.cuda_call": {
+        "torch._C._cuda_getCurrentRawStream",
+        "torch._C",
+        "torch._C._dynamo.guards._empty_strided_cuda",
+    },
 }
 NODE_META = ("facts",)
 ENVIRONMENT: dict[str, set[str] | None] = {
