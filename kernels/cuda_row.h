@@ -174,8 +174,7 @@ FX_INLINE int first_element(int chunk, int mine, int t) {
 }
 
 FX_INLINE i64 offset_of(u32 r, i64 inner, i64 outer, i64 step) {
-  // Most tensors have one row stride: a 64-bit division would cost them more than the load.
-  if (r < inner) return (i64)r * step;
+  if (inner == 1) return (i64)r * outer;  // most tensors: a division would delay the load
   u32 q = r / (u32)inner;
   return (i64)q * outer + (i64)(r - q * (u32)inner) * step;
 }

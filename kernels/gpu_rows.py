@@ -71,5 +71,6 @@ def address(
     if len(merged) > LEADING:
         return None
     zeros = [1, *(0 for _ in strides)]
-    outer, inner = [zeros, zeros, *merged][-2:]
+    # One leading dim is the outer one: Triton then drops the division by an inner of 1.
+    outer, inner = [*merged, zeros, zeros][:2]
     return Rows(outer[0] * inner[0], inner[0], tuple(outer[1:]), tuple(inner[1:]))
