@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fxpass.kernels import cuda_build, cuda_driver, cuda_source, gpu_rows
+from fxpass.kernels import cuda_build, cuda_driver, cuda_source, gpu_rows, steps
 from fxpass.kernels.build_cache import Once
 from fxpass.kernels.cuda_source import Schedule
 from fxpass.spec import NormSpec
@@ -24,6 +24,7 @@ Tensor = torch.Tensor
 _POINTERS = struct.Struct("7Q")  # FxArgs of cuda_row.h: pointers, then the rest
 _REST = struct.Struct("8qfI")
 _WIDE = 16  # bytes of one access
+_ROWS_MOST = 2**31 - 1  # blocks of one launch; the kernel counts rows in 32 bits
 _PLANS_MOST = 4096  # shapes seen; a model with more starts over
 
 
@@ -69,13 +70,20 @@ class RowKernel:
         eps: float,
     ) -> Any:
         """(..., hidden) -> the outputs of the spec, contiguous; a tensor if there is only one."""
+        # All that `check` looks at, so that only a new plan has to be checked.
         key = (
             x.shape,
             x.stride(),
-            None if residual is None else residual.stride(),
-            None if weight is None else weight.shape,
-            None if bias is None else bias.shape,
+            x.dtype,
             eps,
+            None if residual is None else residual.shape,
+            None if residual is None else residual.stride(),
+            None if residual is None else residual.dtype,
+            None if residual is None else residual.get_device(),
+            None if weight is None else weight.shape,
+            None if weight is None else weight.dtype,
+            None if weight is None else weight.get_device(),
+            None if bias is None else (bias.shape, bias.dtype, bias.get_device()),
         )
         plan = self._plans.get(key)
         if plan is None:
@@ -104,6 +112,7 @@ class RowKernel:
         eps: float,
     ) -> _Plan:
         """Work out the launch for tensors like these, and keep it."""
+        check(self._spec, self._hidden, self._device, x, residual, weight, bias)
         strides = [x.stride()] if residual is None else [x.stride(), residual.stride()]
         rows = gpu_rows.address(x.shape, strides)
         copies = rows is None
@@ -111,13 +120,15 @@ class RowKernel:
             rows = gpu_rows.address(x.shape, [_dense(x.shape)] * len(strides))
             assert rows is not None
         itemsizes = [x.itemsize, 0 if residual is None else residual.itemsize]
-        steps = [step for pair in zip(rows.outer, rows.step, strict=True) for step in pair]
-        steps += [0] * (4 - len(steps))
+        strided = [step for pair in zip(rows.outer, rows.step, strict=True) for step in pair]
+        strided += [0] * (4 - len(strided))
         misaligned = 0
-        for index, step in enumerate(steps):
+        for index, step in enumerate(strided):
             misaligned |= step * itemsizes[index // 2]
+        if rows.count > _ROWS_MOST:
+            raise ValueError(f"x has {rows.count} rows, needs at most {_ROWS_MOST}")
         factor_rows = [1 if t is None else t.numel() // self._hidden for t in (weight, bias)]
-        arguments = (rows.count, rows.inner, *steps, *factor_rows, eps)
+        arguments = (rows.count, rows.inner, *strided, *factor_rows, steps.single(eps))
         schedule = self._schedule(self._spec, self._hidden, rows.count)
         plan = _Plan(self.kernel(schedule), schedule, arguments, misaligned % _WIDE == 0)
         plan.copies, plan.rows = copies, rows.count
@@ -179,6 +190,37 @@ class _Plan:
             status = self._go(config, self._kernel, parameters, None)
         if status:
             cuda_driver.check(status, "cuLaunchKernelEx")
+
+
+def check(
+    spec: NormSpec,
+    hidden: int,
+    device: int,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """Raises TypeError or ValueError, in one line, where the kernel would read something else."""
+    given = {"x": x, "residual": residual, "weight": weight, "bias": bias}
+    for name, tensor in given.items():
+        dtype = getattr(spec, name)
+        if tensor is None or dtype is None:
+            if tensor is not dtype:
+                what = "missing" if tensor is None else "given"
+                raise TypeError(f"{name} is {what}, needs {dtype}")
+        elif tensor.dtype != dtype or tensor.get_device() != device or not tensor.is_cuda:
+            raise TypeError(
+                f"{name} is {tensor.dtype} on {tensor.device}, needs {dtype} on cuda:{device}"
+            )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual's shape {tuple(residual.shape)}, needs x's {tuple(x.shape)}")
+    for name in ("weight", "bias"):
+        tensor = given[name]
+        if tensor is not None and (tensor.numel() == 0 or tensor.numel() % hidden):
+            raise ValueError(
+                f"{name} has {tensor.numel()} elements, needs a multiple of hidden {hidden}"
+            )
 
 
 def _stream(device: int) -> int:

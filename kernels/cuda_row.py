@@ -87,6 +87,8 @@ def entry(spec: NormSpec) -> Callable[..., Any]:
         key = (x.shape[-1], device)
         kernel = known.get(key)
         if kernel is None:
+            if not x.is_cuda:
+                raise TypeError(f"x is on {x.device}, needs a CUDA device")
             kernel = known[key] = row_kernel(spec, *key)
         if torch.cuda.current_device() == device:
             return kernel(x, residual, weight, bias, eps)
