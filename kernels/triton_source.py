@@ -83,6 +83,7 @@ class _Writer:
         self.hidden = hidden
         self.rows = rows_per_program
         self.lanes = gpu_rows.lanes(hidden)
+        self.units = self.lanes // gpu_rows.VECTOR
         self.chunks = -(-hidden // self.lanes)
         self.kept = self.lanes * self.chunks <= IN_REGISTERS
         of_a_warp = 32 * 16 // spec.x.itemsize  # lanes, each thread having read 16 bytes
@@ -185,19 +186,29 @@ class _Writer:
                 yield f"{name}{suffix} = {self._load(name, start, rows=False)}"
 
     def _accumulate(self, name: str, first: bool) -> Iterator[str]:
-        """Add the squares of a chunk to `acc`, one per lane."""
+        """Add the squares of a chunk to `acc`, one sum per unit."""
         statement = steps.square(self.spec)
-        comment = f"  # {statement.comment}"
+        width = self.lanes // 2
         if is_narrow(self.spec.normed) and not statement.narrow:
-            # The square of a 16-bit value is exact.
-            yield f"acc = tl.fma({name}, {name}, {'minus_zero' if first else 'acc'}){comment}"
-            return
-        squares = f"tl.fma({name}, {name}, minus_zero){rounded(statement)}"
-        yield f"acc {'=' if first else '+='} {squares}{comment}"
+            # The square of a 16-bit value is exact, so `cuda.row`'s fma may be written here too.
+            yield f"even, odd = tl.split(tl.reshape({name}, [{self.rows}, {width}, 2]))"
+            yield f"unit = tl.fma(odd, odd, even * even)  # {statement.comment}"
+        else:
+            squares = f"tl.fma({name}, {name}, minus_zero){rounded(statement)}"
+            yield f"unit = {squares}  # {statement.comment}"
+            yield self._pairs("unit", width)
+        while width > self.units:
+            width //= 2
+            yield self._pairs("unit", width)
+        yield f"acc {'=' if first else '+='} unit"
+
+    def _pairs(self, name: str, width: int) -> str:
+        """Neighbours are added; `width` sums are left."""
+        return f"{name} = tl.sum(tl.reshape({name}, [{self.rows}, {width}, 2]), axis=2)"
 
     def _row_value(self) -> Iterator[str]:
         """From `acc` to `row_value`, (rows, 1)."""
-        width = self.lanes
+        width = self.units
         while width > 1:
             if width == self.groups:
                 # What is left lies in several warps. A tile with one of them in each row, and
@@ -206,7 +217,7 @@ class _Writer:
                 yield f"own = {every}[:, None] == {every}[None, :]"
                 yield "acc = tl.sum(tl.where(own, acc, 0.0), axis=1)"
             width //= 2
-            yield f"acc = tl.sum(tl.reshape(acc, [{self.rows}, {width}, 2]), axis=2)"
+            yield self._pairs("acc", width)
         yield "row_value = acc"
         yield from lines(steps.row(self.spec), "row_value", self.hidden)
         if "row" in self.spec.outputs:
