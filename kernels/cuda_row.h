@@ -24,8 +24,16 @@ struct f16 {
 typedef float f32;
 struct none {};
 
+// Constants of c_struct.py, which NVRTC lacks.
+#define __builtin_inff() __int_as_float(0x7f800000)
+#define __builtin_nanf(text) __int_as_float(0x7fffffff)
+
 #define FX_INLINE_MEMBER __device__ __forceinline__
 #define FX_INLINE static __device__ __forceinline__
+
+// What constants that are not finite are written with (kernels/c_struct.py); NVRTC has neither.
+#define __builtin_inff() __int_as_float(0x7f800000)
+#define __builtin_nanf(payload) __int_as_float(0x7fc00000)
 
 // ---- Two elements at a time ---------------------------------------------------------------------
 
@@ -332,9 +340,10 @@ FX_INLINE void run(const FxArgs& a) {
   const bool active = r < a.rows;  // the others only take part in the shuffles and barriers
   const Here row = Here::at(a, active ? r : 0);
 #if __CUDA_ARCH__ >= 900
-  // Launched while the kernel before still runs: nothing it wrote may be read earlier.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  // Launched while the kernel before still runs: nothing it wrote may be read before the wait. The
+  // kernel after may be launched meanwhile; it waits for this one in the same way.
   if (FX_EAGER) asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   Unit<Normed> held[BATCH][MINE];
   Weights w[BATCH][MINE];
