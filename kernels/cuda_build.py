@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fxpass.kernels import build_cache
 from fxpass.kernels.build_cache import BuildError, Once
 
@@ -109,7 +111,7 @@ def _version(library: Any) -> tuple[int, int]:
 
 def _load() -> Any:
     """The library torch ships, or one on the loader's path."""
-    for name in (*_packaged(), *_NAMES):
+    for name in _candidates():
         try:
             return ctypes.CDLL(name)
         except OSError:
@@ -120,10 +122,18 @@ def _load() -> Any:
     )
 
 
+def _candidates() -> list[str]:
+    """Of torch's own CUDA version first: its machine code is what the driver certainly takes."""
+    wanted = f"libnvrtc.so.{(torch.version.cuda or '').partition('.')[0]}"
+    names = [*_packaged(), *_NAMES]
+    return sorted(names, key=lambda name: os.path.basename(name) != wanted)
+
+
 def _packaged() -> list[str]:
     """Libraries in the `nvidia` packages that torch's CUDA wheels depend on, newest first."""
     found: list[str] = []
     for folder in map(Path, sys.path):
         for pattern in ("nvidia/*/lib/libnvrtc.so.*", "nvidia/*/lib64/libnvrtc.so.*"):
             found += glob.glob(os.fspath(folder / pattern))
-    return sorted(name for name in found if "builtins" not in name and "alt" not in name)[::-1]
+    found = [name for name in found if "builtins" not in name and "alt" not in name]
+    return sorted(found, key=os.path.basename, reverse=True)
