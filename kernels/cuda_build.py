@@ -1,7 +1,7 @@
 """Compiles generated CUDA C++ with NVRTC and keeps the machine code on disk.
 
 NVRTC comes with every CUDA build of torch, so nothing more is installed. It is called through
-ctypes: five functions, whose signatures have not changed since CUDA 11.
+ctypes: nine functions, whose signatures have not changed since CUDA 11.
 """
 
 from __future__ import annotations
