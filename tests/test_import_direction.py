@@ -25,12 +25,15 @@ MODULES = """
     kernels.cpu_source kernels.cpu_build kernels.cpu_call kernels.cpu
     kernels.cuda_source kernels.cuda_build kernels.cuda_driver kernels.cuda_call kernels.cuda_row
     kernels.triton_words kernels.triton_source kernels.triton_row
+    kernels.aiter_api kernels.aiter
     kernels.registry kernels
-    fusable select layout plan ops
+    platforms fusable layout copies select plan ops
     fused lowering
     verify rewrite sampling report tables remembered modules printing
     pipeline capture ledger hooks backend
     fxpass
+    target_errors target_text target_dump target_hf target
+    cli_common cli_baseline cli_explain cli __main__
 """.split()
 
 # Narrower than the order. The first entry whose prefix fits decides.
@@ -94,7 +97,9 @@ def _imports(module: str) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            yield from ((node.lineno, str(ast.literal_eval(name))) for name in node.args[:1])
+            # A name known only at run time is the user's module.
+            named = (name.value for name in node.args[:1] if isinstance(name, ast.Constant))
+            yield from ((node.lineno, str(name)) for name in named)
 
 
 def _own_imports(module: str) -> Iterator[tuple[int, str]]:
