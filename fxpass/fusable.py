@@ -48,11 +48,11 @@ def lost(site: Site, taken: Container[fx.Node]) -> str | None:
             f"only {_count(len(readers), 'fusable operator')} ({readers[0].name}, ...) read the"
             f" result; fused with the norm they save writing and reading it, {moved} bytes a row"
         )
-    maker = _fused_maker(site, taken)
-    if maker is not None:
+    made_by = maker(site, taken)
+    if made_by is not None:
         moved = 2 * hidden * x.dtype.itemsize
         return (
-            f"{maker.name} makes x for this norm alone; fused with the norm it saves writing and"
+            f"{made_by.name} makes x for this norm alone; fused with the norm it saves writing and"
             f" reading x, {moved} bytes a row"
         )
     return None
@@ -92,7 +92,7 @@ def _through_views(node: fx.Node) -> Iterator[fx.Node]:
             yield user
 
 
-def _fused_maker(site: Site, taken: Container[fx.Node]) -> fx.Node | None:
+def maker(site: Site, taken: Container[fx.Node]) -> fx.Node | None:
     """The operator that computes x if the compiler can fuse it and nobody else reads x."""
     inside = set(site.interior)
     node = site.x

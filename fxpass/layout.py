@@ -209,6 +209,7 @@ def _restride(role: str, found: TensorFacts) -> LayoutNode:
 def _readable(found: TensorFacts, dims: int, needs: Layout) -> bool:
     """Whether the kernel can read these strides as they are (after free views)."""
     shape, stride = found.shape, found.stride
+    rows = list(zip(shape[:-1], stride[:-1], strict=True))
     if is_contiguous(shape, stride):
         return True
     if needs.rows == "contiguous" or dims > 1:
@@ -217,7 +218,14 @@ def _readable(found: TensorFacts, dims: int, needs: Layout) -> bool:
         return False
     if needs.rows == "any" and needs.rank is None:
         return needs.leading is None or _row_strides(shape, [stride]) <= needs.leading
-    return _row_strides(shape, [stride]) <= 1
+    # A kernel that is told one row stride may take it for the distance of rows that lie apart.
+    apart = all(facts.same(size, 1) or not _less(step, shape[-1]) for size, step in rows)
+    return apart and _row_strides(shape, [stride]) <= 1
+
+
+def _less(a: Size, b: Size) -> bool:
+    """True if known to be less, without adding a guard."""
+    return facts.same(a, 0) or (isinstance(a, int) and isinstance(b, int) and a < b)
 
 
 def _row_strides(shape: tuple[Size, ...], strides: Sequence[tuple[Size, ...]]) -> int:
@@ -235,7 +243,9 @@ def _row_strides(shape: tuple[Size, ...], strides: Sequence[tuple[Size, ...]]) -
 
 
 def is_contiguous(shape: tuple[Size, ...], stride: tuple[Size, ...]) -> bool:
-    """Row-major without gaps; strides of dims of size 1 do not count."""
+    """Row-major without gaps; strides of dims of size 1, or of nothing, do not count."""
+    if any(facts.same(size, 0) for size in shape):
+        return True
     expected: Size = 1
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
         if facts.same(size, 1):

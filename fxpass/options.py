@@ -13,6 +13,7 @@ from fxpass.errors import OptionsError
 
 ROUNDINGS = ("source", "cast_then_scale", "scale_then_cast")
 NUMERICS = ("default", "eager")
+PLATFORMS = ("cpu", "cuda", "rocm")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Options:
     """Rewrite only the first N sites of each graph (to bisect a wrong one)."""
     expect: int | None = None
     """Raise if fewer than N sites are rewritten in a compiled graph."""
+    platform: str | None = None
+    """Choose kernels for another machine: `rocm:gfx942`, `cuda:sm_90`, `cpu`. What this machine can
+    build or run is not asked then, so a rewritten graph is to look at, or to run over there."""
 
     def __post_init__(self) -> None:
         if isinstance(self.providers, str):
@@ -42,6 +46,7 @@ class Options:
             object.__setattr__(self, "providers", _names_of(self.providers))
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("numerics", self.numerics, NUMERICS)
+        _check_platform(self.platform)
         for name in ("fuel", "expect"):
             _check_count(name, getattr(self, name))
         for name in ("strict", "verify"):
@@ -128,6 +133,16 @@ def _parse(name: str, text: str) -> Any:
 def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise OptionsError(unknown_name(name, value, known))
+
+
+def _check_platform(value: object) -> None:
+    if value is None:
+        return
+    kind, colon, arch = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if kind not in PLATFORMS:
+        raise OptionsError(unknown_name("platform", value, PLATFORMS))
+    if colon and not arch:
+        raise OptionsError(f"options: platform={value!r}; use for example 'rocm:gfx942'")
 
 
 def _check_count(name: str, value: object) -> None:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxpass.layout import LayoutError, LayoutNode, LayoutPlan
-from fxpass.layout import plan as plan_layout
+from fxpass.layout import LayoutNode, LayoutPlan
 from fxpass.options import Options
 from fxpass.select import Choice, choose, prepare
 from fxpass.sites import Decline, Found, Site
@@ -59,11 +58,7 @@ def _plan(site: Site, options: Options, build: bool, taken: Container[fx.Node]) 
     choice = choose(site, options, build, taken)
     if choice.kernel is None:
         return "no kernel fits: " + "; ".join(choice.refusals)
-    try:
-        layout = plan_layout(site, choice.kernel.contract.layout)
-    except LayoutError as error:
-        return f"layout for {choice.kernel.name}: {error}"
-    return Plan(site, choice, layout)
+    return Plan(site, choice, choice.layout)
 
 
 def without(decisions: Decisions, dropped: Mapping[Plan, str]) -> Decisions:

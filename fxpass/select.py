@@ -9,11 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxpass import facts, fusable, torch_inductor
+from fxpass import copies, facts, fusable, platforms, torch_inductor
 from fxpass.errors import OptionsError
 from fxpass.kernels import Kernel, kernels
 from fxpass.kernels.inductor import KERNEL as FUSED
+from fxpass.layout import LayoutError, LayoutPlan
+from fxpass.layout import plan as plan_layout
 from fxpass.options import Options, unknown_name
+from fxpass.platforms import Platform
 from fxpass.sites import Site
 from fxpass.spec import NormSpec, Rounding, is_narrow
 from fxpass.torch_private import is_inside_inductor
@@ -25,11 +28,12 @@ _APART = ("cuda", "triton")
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The kernel for a site, the spec it will run, and who said no before it."""
+    """The kernel for a site with its layout, the spec it will run, and who said no before it."""
 
     kernel: Kernel | None
     spec: NormSpec
     refusals: tuple[str, ...]
+    layout: LayoutPlan
     label: str = KEPT
     """What the rewrite does to the numbers."""
 
@@ -38,47 +42,110 @@ def choose(site: Site, options: Options, build: bool, taken: Container[fx.Node] 
     """The first kernel, in order of preference, whose contract the site keeps.
 
     With `build` the kernel is made ready to launch; without, it is only asked whether it could be.
-    `taken` are the nodes that the kernels of all sites take over.
+    Planning for another machine, neither. `taken` are the nodes that the kernels of all sites take
+    over.
     """
-    spec, label = _with_rounding(site.spec, options.rounding)
-    platform = platform_of(site)
-    hidden = facts.static(site.hidden)
+    place = platforms.of(site, options)
+    asked = _Asked(site, *_with_rounding(site.spec, options.rounding), place, options, taken)
     refusals: list[str] = []
-    for kernel in candidates(options, platform):
-        reason = _refusal(kernel, site, spec, options, taken)
-        if reason is None:
-            reason = kernel.prepare(spec, hidden) if build else kernel.unavailable()
-        if reason is None:
-            return Choice(kernel, spec, tuple(refusals), label)
+    for kernel in candidates(options, place.kind):
+        found = _layout_or_refusal(kernel, asked)
+        reason = found if isinstance(found, str) else _unready(kernel, asked, build)
+        if isinstance(found, LayoutPlan) and reason is None:
+            label = asked.label_with(kernel.inexact(asked.spec, place.arch))
+            return Choice(kernel, asked.spec, tuple(refusals), found, label)
         refusals.append(f"refused {kernel.name}: {reason}")
     if not refusals:
-        refusals.append(f"no kernel for platform {platform}; name one in options.providers")
-    return Choice(None, spec, tuple(refusals), label)
+        refusals.append(f"no kernel for platform {place.kind}; name one in options.providers")
+    return Choice(None, asked.spec, tuple(refusals), LayoutPlan({}, {}), asked.label)
 
 
 def prepare(sites: Iterable[Site], options: Options, taken: Container[fx.Node] = ()) -> None:
     """Build the kernels of several sites side by side, where a kernel offers that."""
     wanted: dict[Kernel, dict[NormSpec, None]] = {}
     for site in sites:
-        spec, _ = _with_rounding(site.spec, options.rounding)
-        for kernel in candidates(options, platform_of(site)):
-            if _refusal(kernel, site, spec, options, taken) is None:
-                wanted.setdefault(kernel, {})[spec] = None
+        place = platforms.of(site, options)
+        if place.foreign:
+            continue
+        asked = _Asked(site, *_with_rounding(site.spec, options.rounding), place, options, taken)
+        for kernel in candidates(options, place.kind):
+            if isinstance(_layout_or_refusal(kernel, asked), LayoutPlan):
+                wanted.setdefault(kernel, {})[asked.spec] = None
                 break
     for kernel, specs in wanted.items():
         if kernel.prepare_all is not None and len(specs) > 1:
             kernel.prepare_all(specs)
 
 
-def _refusal(
-    kernel: Kernel, site: Site, spec: NormSpec, options: Options, taken: Container[fx.Node]
-) -> str | None:
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What a kernel is asked for."""
+
+    site: Site
+    spec: NormSpec
+    label: str
+    place: Platform
+    options: Options
+    taken: Container[fx.Node]
+
+    def label_with(self, inexact: str | None) -> str:
+        """The label of a kernel that may be inexact."""
+        kept = [] if self.label == KEPT else [self.label]
+        return "; ".join(kept + ([inexact] if inexact else [])) or KEPT
+
+
+def _layout_or_refusal(kernel: Kernel, asked: _Asked) -> LayoutPlan | str:
     """Why a kernel is not for a site, before anything is built: meaning, then place, then cost."""
-    return (
-        kernel.refusal(spec, platform_of(site), facts.static(site.hidden))
-        or _cannot_inline(kernel, site, options)
-        or _breaks_a_fusion(kernel, site, spec, options, taken)
+    site, hidden = asked.site, facts.static(asked.site.hidden)
+    reason = (
+        kernel.refusal(asked.spec, asked.place.kind, hidden)
+        or _repeats_weights(kernel, site)
+        or _inexact(kernel, asked)
+        or _cannot_inline(kernel, asked)
+        or _breaks_a_fusion(kernel, asked)
     )
+    if reason is not None:
+        return reason
+    try:
+        layout = plan_layout(site, kernel.contract.layout)
+    except LayoutError as error:
+        return f"layout: {error}"
+    return _costs_more(kernel, asked, layout) or layout
+
+
+def _unready(kernel: Kernel, asked: _Asked, build: bool) -> str | None:
+    """Why this machine cannot run a kernel, if it is this machine that will."""
+    if asked.place.foreign:
+        return None
+    if build:
+        return kernel.prepare(asked.spec, facts.static(asked.site.hidden))
+    return kernel.unavailable()
+
+
+def _repeats_weights(kernel: Kernel, site: Site) -> str | None:
+    if kernel.contract.weight_rows:
+        return None
+    for role, node in (("weight", site.weight), ("bias", site.bias)):
+        found = None if node is None else facts.of(node)
+        if found is not None and not facts.same(facts.numel(found.shape), site.hidden):
+            return f"{role} has several rows"
+    return None
+
+
+def _inexact(kernel: Kernel, asked: _Asked) -> str | None:
+    """Why a kernel with other roundings is not for a user who did not ask for it, or None."""
+    reason = kernel.inexact(asked.spec, asked.place.arch)
+    if reason is None or _named(kernel, asked.options):
+        return None
+    return f"{reason}; name {kernel.provider} in options.providers to have it all the same"
+
+
+def _costs_more(kernel: Kernel, asked: _Asked, layout: LayoutPlan) -> str | None:
+    """Why Inductor's own code moves fewer bytes than the copies and the kernel, or None."""
+    alone = not is_inside_inductor()  # the alternative is eager: a pass for each operator
+    if alone or kernel is FUSED or kernel.provider == "cpu" or _named(kernel, asked.options):
+        return None
+    return copies.refusal(asked.site, layout, asked.taken)
 
 
 def inlines(kernel: Kernel, platform: str) -> bool:
@@ -86,18 +153,18 @@ def inlines(kernel: Kernel, platform: str) -> bool:
     return kernel is FUSED or (kernel.inline is not None and platform != "cpu")
 
 
-def _cannot_inline(kernel: Kernel, site: Site, options: Options) -> str | None:
+def _cannot_inline(kernel: Kernel, asked: _Asked) -> str | None:
     """Why compiled code cannot hold a kernel, where it has to, or None."""
     ahead = torch_inductor.compiling_ahead_of_time()
-    if not inlines(kernel, platform_of(site)):
+    if not inlines(kernel, asked.place.kind):
         return "opaque: an AOTInductor package must run without fxpass" if ahead else None
     if not ahead and kernel is not FUSED:
         return None
-    if site.eps_node is not None:
+    if asked.site.eps_node is not None:
         return "eps is a tensor of the graph"
-    if facts.static(site.hidden) is None:
+    if facts.static(asked.site.hidden) is None:
         return "hidden is known only at run time"
-    if kernel is FUSED and not _named(kernel, options) and not is_inside_inductor():
+    if kernel is FUSED and not _named(kernel, asked.options) and not is_inside_inductor():
         return "no Inductor to generate the code"
     return None
 
@@ -106,17 +173,15 @@ def _named(kernel: Kernel, options: Options) -> bool:
     return kernel.name in options.providers or kernel.provider in options.providers
 
 
-def _breaks_a_fusion(
-    kernel: Kernel, site: Site, spec: NormSpec, options: Options, taken: Container[fx.Node]
-) -> str | None:
+def _breaks_a_fusion(kernel: Kernel, asked: _Asked) -> str | None:
     """Why Inductor's own code moves fewer bytes than a kernel apart, or None."""
-    platform = platform_of(site)
-    if kernel.provider not in _APART or "auto" not in options.providers:
+    if kernel.provider not in _APART or "auto" not in asked.options.providers:
         return None
-    fits = FUSED.refusal(spec, platform, facts.static(site.hidden)) is None
-    if not fits or _cannot_inline(FUSED, site, options) is not None:
+    hidden = facts.static(asked.site.hidden)
+    fits = FUSED.refusal(asked.spec, asked.place.kind, hidden) is None
+    if not fits or _cannot_inline(FUSED, asked) is not None:
         return None
-    return fusable.lost(site, taken)
+    return fusable.lost(asked.site, asked.taken)
 
 
 def candidates(options: Options, platform: str) -> list[Kernel]:
@@ -141,13 +206,6 @@ def candidates(options: Options, platform: str) -> list[Kernel]:
 def check_providers(options: Options) -> None:
     """Raises OptionsError if a provider is unknown."""
     candidates(options, "cpu")
-
-
-def platform_of(site: Site) -> str:
-    """`cpu`, `cuda` (NVIDIA), `rocm` (AMD), or the device type."""
-    found = facts.of(site.x)
-    kind = "cpu" if found is None else found.device.type
-    return "rocm" if kind == "cuda" and torch.version.hip else kind
 
 
 def _with_rounding(spec: NormSpec, rounding: str) -> tuple[NormSpec, str]:

@@ -40,15 +40,19 @@ class Hidden:
 
     least: int = 1
     most: int | None = None
+    multiple: int = 1
 
     def refusal(self, hidden: int | None) -> str | None:
         """Why `hidden` (None: known only at run time) is out of range, or None."""
         if hidden is None:
-            return None if self.most is None else "hidden is known only at run time"
+            free = self.most is None and self.multiple == 1
+            return None if free else "hidden is known only at run time"
         if hidden < self.least:
             return f"hidden {hidden} < {self.least}"
         if self.most is not None and hidden > self.most:
             return f"hidden {hidden} > {self.most}"
+        if hidden % self.multiple:
+            return f"hidden {hidden} is not a multiple of {self.multiple}"
         return None
 
 
@@ -57,7 +61,7 @@ class Layout:
     """The memory layout a kernel reads. Outputs are always contiguous."""
 
     rows: Literal["any", "strided_2d", "contiguous"]
-    """any: every leading stride; strided_2d: one row stride; contiguous: no gaps."""
+    """any: every leading stride; strided_2d: one row stride, no overlap; contiguous: no gaps."""
     rank: int | None = None
     """Exact number of dimensions, or None for any."""
     leading: int | None = None
@@ -183,6 +187,9 @@ class Kernel:
     inline: Callable[[NormSpec, int, int | None], Inline] | None = None
     """Optional: (spec, hidden, rows if known) -> the same kernel for Inductor to launch. Rows
     choose a schedule, never bits."""
+    inexact: Callable[[NormSpec, str], str | None] = lambda spec, arch: None
+    """How results may differ from the spec's roundings on an architecture (`gfx942`; empty: not
+    known), or None. A kernel that is inexact runs only if it is named, and the report says so."""
     version: str = "1"
     """Changes whenever results may change; part of the compile-cache key."""
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 import threading
 
 from fxpass.errors import FxpassError
-from fxpass.kernels import cpu, cuda_row, inductor, reference, triton_row
+from fxpass.kernels import aiter, cpu, cuda_row, inductor, reference, triton_row
 from fxpass.kernels.contract import Kernel
 
-_BUILT_IN = (cpu.KERNEL, cuda_row.KERNEL, triton_row.KERNEL, reference.KERNEL, inductor.KERNEL)
+_BUILT_IN = (
+    cpu.KERNEL,
+    *aiter.KERNELS,
+    cuda_row.KERNEL,
+    triton_row.KERNEL,
+    reference.KERNEL,
+    inductor.KERNEL,
+)
 _registered: list[Kernel] = []
 _lock = threading.Lock()
 
