@@ -23,6 +23,23 @@ def text(graph: fx.Graph) -> str:
     return "\n".join(_line(node, names) for node in graph.nodes)
 
 
+def lines(graph: fx.Graph) -> dict[fx.Node, str]:
+    """One line per node, under the names that the graph, and so the report, has for them."""
+    names = {node: f"%{node.name}" for node in graph.nodes}
+    return {node: _line(node, names) for node in graph.nodes}
+
+
+def label(node: fx.Node, is_input: bool = False) -> str:
+    """What a picture writes into a node's box: what is computed, and the kind of the result."""
+    if is_input or node.op == "placeholder":
+        return f"%{node.name}\n{_kind(node)}"
+    if ops.is_ours(node.target):
+        return f"{node.args[-2]}\n{_kind(node)}"
+    numbers = [str(arg) for arg in node.args[1:] if isinstance(arg, (int, float))]
+    shown = _target(node) + (f" {', '.join(numbers)}" if numbers else "")
+    return f"{shown}\n{_kind(node)}"
+
+
 def _names(graph: fx.Graph) -> dict[fx.Node, str]:
     counts: dict[str, int] = {}
     names = {}

@@ -7,7 +7,7 @@ them exist and compute what eager computes (shape, dtype, strides) are the old n
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -32,17 +32,21 @@ class Applied:
     added: int
     removed: int
     dropped: tuple[tuple[Plan, verify.VerifyError], ...]
+    made: Mapping[Plan, tuple[fx.Node, ...]]
+    """The nodes each plan added; a layout node that sites share is with the first of them."""
 
 
 def apply(graph: fx.Graph, plans: Iterable[Plan]) -> Applied:
     """Rewrite the planned sites. If anything fails the graph is left as it was."""
     editor = _Editor(graph)
     dropped = []
+    made: dict[Plan, tuple[fx.Node, ...]] = {}
     try:
         for plan in plans:
             count = len(editor.new)
             try:
                 editor.add(plan)
+                made[plan] = tuple(editor.new[count:])
             except verify.VerifyError as error:
                 editor.undo(count)
                 dropped.append((plan, error))
@@ -50,7 +54,7 @@ def apply(graph: fx.Graph, plans: Iterable[Plan]) -> Applied:
         editor.undo(0)
         raise
     removed = editor.commit()
-    return Applied(len(editor.new), removed, tuple(dropped))
+    return Applied(len(editor.new), removed, tuple(dropped), made)
 
 
 class _Editor:
@@ -138,7 +142,9 @@ class _Editor:
             target: list[Any] = [-1, self._size(node, len(shape) - 1, like)]
         elif step.kind == "flatten":
             kept = len(shape) - step.dims[0]
-            target = [*(self._size(node, dim, like) for dim in range(kept)), -1]
+            hidden = facts.static(facts.numel(shape[kept:]))  # -1 says nothing where there is no row
+            target = [self._size(node, dim, like) for dim in range(kept)]
+            target.append(-1 if hidden is None else hidden)
         else:
             target = self._known_sizes(step.shape, like)
         return self._call(aten.reshape.default, (node, target), like)

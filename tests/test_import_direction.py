@@ -33,7 +33,8 @@ MODULES = """
     pipeline capture ledger hooks backend
     fxpass
     target_errors target_text target_dump target_hf target
-    cli_common cli_baseline cli_explain cli __main__
+    diff diff_text
+    cli_common cli_baseline cli_explain cli_diff cli __main__
 """.split()
 
 # Narrower than the order. The first entry whose prefix fits decides.
@@ -66,6 +67,7 @@ ENVIRONMENT: dict[str, set[str] | None] = {
     "options": None,
     "kernels.cpu_build": {"CXX"},
     "kernels.build_cache": {"XDG_CACHE_HOME"},
+    "diff_text": {"NO_COLOR"},
 }
 
 
