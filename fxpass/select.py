@@ -11,7 +11,7 @@ from torch import fx
 
 from fxpass import copies, facts, fusable, platforms, torch_inductor
 from fxpass.errors import OptionsError
-from fxpass.kernels import Kernel, kernels
+from fxpass.kernels import Kernel, kernels, measured
 from fxpass.kernels.inductor import KERNEL as FUSED
 from fxpass.layout import LayoutError, LayoutPlan
 from fxpass.layout import plan as plan_layout
@@ -48,7 +48,7 @@ def choose(site: Site, options: Options, build: bool, taken: Container[fx.Node] 
     place = platforms.of(site, options)
     asked = _Asked(site, *_with_rounding(site.spec, options.rounding), place, options, taken)
     refusals: list[str] = []
-    for kernel in candidates(options, place.kind):
+    for kernel in _in_order(asked):
         found = _layout_or_refusal(kernel, asked)
         reason = found if isinstance(found, str) else _unready(kernel, asked, build)
         if isinstance(found, LayoutPlan) and reason is None:
@@ -68,7 +68,7 @@ def prepare(sites: Iterable[Site], options: Options, taken: Container[fx.Node] =
         if place.foreign:
             continue
         asked = _Asked(site, *_with_rounding(site.spec, options.rounding), place, options, taken)
-        for kernel in candidates(options, place.kind):
+        for kernel in _in_order(asked):
             if isinstance(_layout_or_refusal(kernel, asked), LayoutPlan):
                 wanted.setdefault(kernel, {})[asked.spec] = None
                 break
@@ -92,6 +92,14 @@ class _Asked:
         """The label of a kernel that may be inexact."""
         kept = [] if self.label == KEPT else [self.label]
         return "; ".join(kept + ([inexact] if inexact else [])) or KEPT
+
+
+def _in_order(asked: _Asked) -> list[Kernel]:
+    """Candidates as the options list them; under `auto` what was measured leads."""
+    found = candidates(asked.options, asked.place.kind)
+    if asked.options.providers != ("auto",):
+        return found
+    return measured.ordered(found, asked.place.kind, asked.spec, facts.static(asked.site.hidden))
 
 
 def _layout_or_refusal(kernel: Kernel, asked: _Asked) -> LayoutPlan | str:

@@ -26,6 +26,7 @@ MODULES = """
     kernels.cuda_source kernels.cuda_build kernels.cuda_driver kernels.cuda_call kernels.cuda_row
     kernels.triton_words kernels.triton_source kernels.triton_row
     kernels.aiter_api kernels.aiter
+    kernels.measured
     kernels.registry kernels
     platforms fusable layout copies select plan ops
     fused lowering
@@ -33,8 +34,8 @@ MODULES = """
     pipeline capture ledger hooks backend
     fxpass
     target_errors target_text target_dump target_hf target
-    diff diff_text
-    cli_common cli_baseline cli_explain cli_diff cli __main__
+    diff diff_text doctor
+    cli_common cli_baseline cli_explain cli_diff cli_machine cli __main__
 """.split()
 
 # Narrower than the order. The first entry whose prefix fits decides.
