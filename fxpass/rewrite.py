@@ -142,7 +142,7 @@ class _Editor:
             target: list[Any] = [-1, self._size(node, len(shape) - 1, like)]
         elif step.kind == "flatten":
             kept = len(shape) - step.dims[0]
-            hidden = facts.static(facts.numel(shape[kept:]))  # -1 says nothing where there is no row
+            hidden = facts.static(facts.numel(shape[kept:]))  # -1 is no size of nothing
             target = [self._size(node, dim, like) for dim in range(kept)]
             target.append(-1 if hidden is None else hidden)
         else:

@@ -3,59 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 
 import pytest
 import torch
-from cases_rounding import unit
-from helpers import capture, changed, rewritten, tensors
+from helpers import tensors
+from layout_kernels import FLAT, KERNELS, LEADING, ROWS, llama, planned
 
 from fxpass import printing
-from fxpass.kernels import Kernel, Layout, gpu_rows, reference, register, unregister
-from fxpass.options import Options
-
-
-def llama(x, w):
-    return w * unit(x).to(w.dtype)
-
-
-def _launch(spec, x, residual, weight, bias, eps):
-    """The reference, after checking what the contract promises it."""
-    for tensor in (x, residual):
-        assert tensor is None or tensor.dim() == 2
-        assert tensor is None or tensor.is_contiguous()
-    return reference.launch(spec, x, residual, weight, bias, eps)
-
-
-def _strided_launch(spec, x, residual, weight, bias, eps):
-    for tensor in (x, residual):
-        assert tensor is None or tensor.dim() == 2
-        assert tensor is None or tensor.stride(-1) == 1
-    return reference.launch(spec, x, residual, weight, bias, eps)
-
-
-def _kernel(name, rows, launch):
-    contract = dataclasses.replace(reference.CONTRACT, layout=Layout(rows=rows, rank=2))
-    return Kernel(f"testing.{name}", contract, launch)
-
-
-def _leading_launch(spec, x, residual, weight, bias, eps):
-    strides = [tensor.stride() for tensor in (x, residual) if tensor is not None]
-    assert gpu_rows.address(x.shape, strides) is not None
-    return reference.launch(spec, x, residual, weight, bias, eps)
-
-
-def _leading_kernel():
-    layout = Layout(rows="any", leading=gpu_rows.LEADING)
-    contract = dataclasses.replace(reference.CONTRACT, layout=layout)
-    return Kernel("testing.leading", contract, _leading_launch)
-
-
-KERNELS = (
-    _kernel("flat", "contiguous", _launch),
-    _kernel("rows", "strided_2d", _strided_launch),
-    _leading_kernel(),
-)
+from fxpass.kernels import register, unregister
 
 
 @pytest.fixture(autouse=True)
@@ -67,30 +22,14 @@ def kernels():
         yield
 
 
-FLAT = Options(providers=("testing.flat",), strict=True)
-ROWS = Options(providers=("testing.rows",), strict=True)
-LEADING = Options(providers=("testing.leading",), strict=True)
-
-
-def _planned(function, inputs, options, dynamic=None):
-    """(layout nodes per site, bytes per site) at ATen level, results compared."""
-    with torch.no_grad():
-        level = capture(function, inputs, dynamic=dynamic).graphs("aten")[-1]
-    made, report = rewritten(level, options)
-    assert report.rewritten, str(report)
-    assert not changed(level, options)
-    nodes = [list(site.layout_nodes) for site in report.rewritten]
-    return made, nodes, [site.bytes_copied for site in report.rewritten]
-
-
 def test_contiguous_input_is_only_viewed() -> None:
-    _, nodes, copied = _planned(llama, tensors("bf16[2,8,64]", "bf16[64]"), FLAT)
+    _, nodes, copied = planned(llama, tensors("bf16[2,8,64]", "bf16[64]"), FLAT)
     assert nodes == [["rows(x)", "shape(out)"]]
     assert copied == [0]
 
 
 def test_two_dims_need_nothing() -> None:
-    _, nodes, _ = _planned(llama, tensors("bf16[16,64]", "bf16[64]"), FLAT)
+    _, nodes, _ = planned(llama, tensors("bf16[16,64]", "bf16[64]"), FLAT)
     assert nodes == [[]]
 
 
@@ -99,7 +38,7 @@ def test_a_slice_is_copied_and_its_bytes_are_counted() -> None:
         return llama(x[..., :64], w)
 
     inputs = tensors("bf16[2,8,192]", "bf16[64]")
-    _, nodes, copied = _planned(function, inputs, FLAT)
+    _, nodes, copied = planned(function, inputs, FLAT)
     assert nodes == [["contiguous(x) 2048 bytes", "rows(x)", "shape(out)"]]
     assert copied == [2 * 8 * 64 * 2]
 
@@ -108,7 +47,7 @@ def test_a_slice_is_not_copied_where_rows_may_be_strided() -> None:
     def function(x, w):
         return llama(x[..., :64], w)
 
-    _, nodes, copied = _planned(function, tensors("bf16[2,8,192]", "bf16[64]"), ROWS)
+    _, nodes, copied = planned(function, tensors("bf16[2,8,192]", "bf16[64]"), ROWS)
     assert nodes == [["rows(x)", "shape(out)"]]
     assert copied == [0]
 
@@ -117,7 +56,7 @@ def test_rows_with_two_strides_are_copied() -> None:
     def function(x, w):
         return llama(x[:, ::2, :, :64], w)
 
-    _, nodes, _ = _planned(function, tensors("bf16[2,8,2,96]", "bf16[64]"), ROWS)
+    _, nodes, _ = planned(function, tensors("bf16[2,8,2,96]", "bf16[64]"), ROWS)
     assert nodes[0][0].startswith("contiguous(x)")
 
 
@@ -127,7 +66,7 @@ def test_sites_with_one_source_share_the_copy() -> None:
         inverse = torch.rsqrt(q.float().pow(2).mean(-1, keepdim=True) + 1e-3)
         return llama(q, w), v * (q.float() * inverse).to(v.dtype)
 
-    made, nodes, _ = _planned(function, tensors("bf16[2,8,192]", "bf16[64]", "bf16[64]"), FLAT)
+    made, nodes, _ = planned(function, tensors("bf16[2,8,192]", "bf16[64]", "bf16[64]"), FLAT)
     assert len(nodes) == 2
     lines = printing.text(made.graph).splitlines()
     assert sum(" = clone(" in line for line in lines) == 1
@@ -138,7 +77,7 @@ def test_transposed_result_keeps_its_strides() -> None:
     def function(x, w):
         return llama(x.transpose(1, 2), w), llama(x.permute(2, 0, 1, 3), w)
 
-    _, nodes, copied = _planned(function, tensors("bf16[2,8,4,16]", "bf16[16]"), FLAT)
+    _, nodes, copied = planned(function, tensors("bf16[2,8,4,16]", "bf16[16]"), FLAT)
     assert copied == [0, 0]
     assert nodes[0] == ["permute(x)", "rows(x)", "shape(out)", "permute(out)"]
 
@@ -149,7 +88,7 @@ def test_residual_and_its_sum_are_flattened_too() -> None:
         return llama(h, w), h
 
     inputs = tensors("bf16[2,8,64]", "bf16[2,8,64]", "bf16[64]")
-    _, nodes, copied = _planned(function, inputs, FLAT)
+    _, nodes, copied = planned(function, inputs, FLAT)
     assert nodes == [["rows(x)", "rows(residual)", "shape(out)", "shape(sum)"]]
     assert copied == [0]
 
@@ -159,19 +98,19 @@ def test_inverse_returned_in_its_own_shape() -> None:
         inverse = torch.rsqrt(x.pow(2).mean(-1) + 1e-6)
         return x * inverse.unsqueeze(-1), inverse
 
-    _planned(function, tensors("f32[2,8,64]"), FLAT)
+    planned(function, tensors("f32[2,8,64]"), FLAT)
 
 
 def test_several_normalised_dims_are_joined() -> None:
     def function(x, w):
         return torch.nn.functional.rms_norm(x, (4, 16), w, 1e-6)
 
-    _, nodes, _ = _planned(function, tensors("f32[2,3,4,16]", "f32[4,16]"), FLAT)
+    _, nodes, _ = planned(function, tensors("f32[2,3,4,16]", "f32[4,16]"), FLAT)
     assert nodes[0][0] == "flatten(x)"
 
 
 def test_one_row() -> None:
-    _planned(lambda x, w: llama(x, w), tensors("f32[64]", "f32[64]"), FLAT)
+    planned(lambda x, w: llama(x, w), tensors("f32[64]", "f32[64]"), FLAT)
 
 
 @pytest.mark.parametrize("options", [FLAT, ROWS], ids=["flat", "rows"])
@@ -184,7 +123,7 @@ def test_dynamic_rows(options) -> None:
     for tensor in inputs[:2]:
         torch._dynamo.mark_dynamic(tensor, 0)
         torch._dynamo.mark_dynamic(tensor, 1)
-    made, _, copied = _planned(function, inputs, options)
+    made, _, copied = planned(function, inputs, options)
     assert copied == ([None] if options is FLAT else [0])
     assert " = norm(" in printing.text(made.graph)
 
@@ -208,7 +147,7 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 def test_up_to_two_row_strides_are_read_in_place(name) -> None:
     text, function, wanted = HEADS[name]
-    _, nodes, _ = _planned(function, tensors(text, "bf16[16]"), LEADING)
+    _, nodes, _ = planned(function, tensors(text, "bf16[16]"), LEADING)
     assert [node.partition(" ")[0] for node in nodes[0]] == wanted
 
 
@@ -217,12 +156,12 @@ def test_x_and_residual_must_merge_alike() -> None:
     def apart(x, r, w):
         return llama(x[..., :3, :] + r[:, :4], w)
 
-    _, nodes, _ = _planned(apart, tensors("bf16[2,4,6,16]", "bf16[2,9,3,16]", "bf16[16]"), LEADING)
+    _, nodes, _ = planned(apart, tensors("bf16[2,4,6,16]", "bf16[2,9,3,16]", "bf16[16]"), LEADING)
     assert [node.partition(" ")[0] for node in nodes[0]] == ["contiguous(residual)"]
     same = tensors("bf16[2,4,6,16]", "bf16[2,4,5,16]", "bf16[16]")
-    _, nodes, _ = _planned(lambda x, r, w: heads(x, w) + heads(r, w), same, LEADING)
+    _, nodes, _ = planned(lambda x, r, w: heads(x, w) + heads(r, w), same, LEADING)
     assert nodes == [[], []]
-    _, nodes, _ = _planned(lambda x, r, w: llama(x[..., :3, :] + r[..., :3, :], w), same, LEADING)
+    _, nodes, _ = planned(lambda x, r, w: llama(x[..., :3, :] + r[..., :3, :], w), same, LEADING)
     assert nodes == [[]]
 
 
@@ -230,5 +169,5 @@ def test_a_symbolic_number_of_tokens_needs_no_copy() -> None:
     x, w = tensors("bf16[2,8,12,16]", "bf16[16]")
     torch._dynamo.mark_dynamic(x, 0)
     torch._dynamo.mark_dynamic(x, 1)
-    _, nodes, _ = _planned(heads, (x, w), LEADING)
+    _, nodes, _ = planned(heads, (x, w), LEADING)
     assert nodes == [[]]
