@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fxpass.kernels import gpu_rows, steps, triton_source, triton_words
+from fxpass.kernels import gpu_rows, steps, triton_source, triton_tiles, triton_words
 from fxpass.kernels.contract import Contract, Hidden, Inline, Kernel, Layout, Outputs
 from fxpass.spec import Inverse, NormSpec, Rounding
 
@@ -62,17 +62,24 @@ _FEW_ROWS = 264
 """Twice the multiprocessors of an H200: below that a row is spread over more threads."""
 
 
-def schedule(hidden: int, rows: int | None) -> tuple[int, int]:
-    """(rows per program, warps) for `rows` rows (None: unknown) of `hidden` elements."""
+def schedule(hidden: int, rows: int | None) -> tuple[int, int, bool]:
+    """(rows per program, warps, whether to cut the row) for `rows` rows (None: unknown)."""
     many, few = _SCHEDULES[gpu_rows.lanes(hidden)]
-    return few if rows is not None and rows <= _FEW_ROWS else many
+    if rows is not None and rows <= _FEW_ROWS:
+        return (*few, False)  # each piece is one more exchange to wait for
+    widths = triton_tiles.pieces(hidden)
+    if len(widths) == 1 or hidden > gpu_rows.MOST_LANES:
+        return (*many, len(widths) > 1)
+    # 16 bytes of the last piece, up to 64 of the first: 1756 instructions of all warps at hidden
+    # 5120, 2088 if spread over twice the warps, 2848 without pieces (PTX).
+    return 1, max(widths[0] // 1024, widths[-1] // 256), True
 
 
 def inline(spec: NormSpec, hidden: int, rows: int | None) -> Inline:
     """The kernel for a compiler to launch, as ceil(rows / rows_per_program) programs."""
-    rows_per_program, warps = schedule(hidden, rows)
+    rows_per_program, warps, cut = schedule(hidden, rows)
     return Inline(
-        kernel=_kernel(spec, hidden, rows_per_program),
+        kernel=_kernel(spec, hidden, rows_per_program, cut),
         num_warps=warps,
         rows_per_program=rows_per_program,
         parameters=triton_source.parameters(spec),
@@ -99,7 +106,7 @@ def bound(spec: NormSpec) -> Callable[..., Any]:
     names = triton_source.parameters(spec)
     dtypes = {"out": spec.out, "sum": spec.normed, "row": spec.row_dtype}
     # Hashing a spec costs 10 us, so each keeps its own kernels.
-    kernel = cache(lambda hidden, rows_per_program: _kernel(spec, hidden, rows_per_program))
+    kernel = cache(lambda hidden, *schedule: _kernel(spec, hidden, *schedule))
 
     def call(
         x: torch.Tensor,
@@ -115,10 +122,10 @@ def bound(spec: NormSpec) -> Callable[..., Any]:
         }
         if x.numel():
             values = {**made, **_arguments(x, residual, weight, bias), "eps": eps}
-            rows_per_program, warps = schedule(x.shape[-1], values["rows"])
+            rows_per_program, warps, cut = schedule(x.shape[-1], values["rows"])
             grid = (-(-values["rows"] // rows_per_program),)
             with torch.cuda.device(x.get_device()):
-                run = kernel(x.shape[-1], rows_per_program)[grid]
+                run = kernel(x.shape[-1], rows_per_program, cut)[grid]
                 run(*(values[name] for name in names), num_warps=warps)
         return made["out"] if len(made) == 1 else tuple(made.values())
 
@@ -142,8 +149,8 @@ _bound = cache(bound)
 
 
 @cache
-def _kernel(spec: NormSpec, hidden: int, rows_per_program: int) -> Any:
-    return triton_source.kernel(triton_source.source(spec, hidden, rows_per_program))
+def _kernel(spec: NormSpec, hidden: int, rows_per_program: int, cut: bool) -> Any:
+    return triton_source.kernel(triton_source.source(spec, hidden, rows_per_program, cut))
 
 
 def _arguments(

@@ -25,15 +25,16 @@ from typing import Any
 
 import torch
 
-from fxpass.kernels import gpu_rows, steps
+from fxpass.kernels import gpu_rows, steps, triton_tiles
+from fxpass.kernels.triton_tiles import Tile
 from fxpass.kernels.triton_words import TYPES, lines, rounded
 from fxpass.spec import NormSpec, is_narrow
 
-IN_REGISTERS = 16384
-"""Most elements of a row that are kept between the two passes; a longer row is read twice."""
 NAME = "fxpass_row"
-_MOST_GROUPS = 32
-"""Most sums that the warps exchange at once; every thread reads all of them."""
+_EXCHANGED = 32
+"""Sums that are left when the warps exchange them: from there on each warp has one per lane."""
+_LEAST_EXCHANGED = 1024
+"""Fewest lanes of a row that is spread over several warps."""
 
 
 def parameters(spec: NormSpec) -> tuple[str, ...]:
@@ -59,9 +60,9 @@ def parameters(spec: NormSpec) -> tuple[str, ...]:
     return tuple(name for name, needed in present.items() if needed)
 
 
-def source(spec: NormSpec, hidden: int, rows_per_program: int) -> str:
-    """The Python text of the kernel, without imports."""
-    return "\n".join(_Writer(spec, hidden, rows_per_program).text()) + "\n"
+def source(spec: NormSpec, hidden: int, rows_per_program: int, cut: bool) -> str:
+    """The Python text of the kernel, without imports. cut: in `triton_tiles.pieces`."""
+    return "\n".join(_Writer(spec, hidden, rows_per_program, cut).text()) + "\n"
 
 
 def kernel(text: str) -> Any:
@@ -76,22 +77,17 @@ def kernel(text: str) -> Any:
 
 
 class _Writer:
-    """Writes one kernel. Tiles are (rows_per_program, lanes); row values (rows_per_program, 1)."""
+    """Writes one kernel. Tiles are (rows_per_program, width); row values (rows_per_program, 1)."""
 
-    def __init__(self, spec: NormSpec, hidden: int, rows_per_program: int) -> None:
+    def __init__(self, spec: NormSpec, hidden: int, rows_per_program: int, cut: bool) -> None:
         self.spec = spec
         self.hidden = hidden
         self.rows = rows_per_program
         self.lanes = gpu_rows.lanes(hidden)
-        self.units = self.lanes // gpu_rows.VECTOR
-        self.chunks = -(-hidden // self.lanes)
-        self.kept = self.lanes * self.chunks <= IN_REGISTERS
-        of_a_warp = 32 * 16 // spec.x.itemsize  # lanes, each thread having read 16 bytes
-        groups = min(_MOST_GROUPS, self.lanes // of_a_warp)
-        self.groups = groups if self.rows == 1 and groups > 1 else None
+        self.widths = triton_tiles.pieces(hidden) if cut else (self.lanes,)
 
     def text(self) -> list[str]:
-        body = self._kept() if self.kept else self._read_twice()
+        body = self._kept() if triton_tiles.kept(self.hidden) else self._read_twice()
         return [
             "@triton.jit",
             f"def {NAME}({', '.join(parameters(self.spec))}):",
@@ -99,30 +95,32 @@ class _Writer:
         ]
 
     def _kept(self) -> Iterator[str]:
-        """Each chunk is read once and named by its number."""
-        starts = [chunk * self.lanes for chunk in range(self.chunks)]
-        for chunk, start in enumerate(starts):
-            yield from self._read(f"x{chunk}", start)
-        for chunk, start in enumerate(starts):  # before the reduction, whose wait hides them
-            yield from self._read_shared(f"{chunk}", start)
-        for chunk in range(self.chunks):
-            yield from self._accumulate(f"x{chunk}", first=chunk == 0)
+        """Each tile is read once."""
+        tiles = triton_tiles.tiles(self.hidden, self.widths)
+        for tile in tiles:
+            yield from self._read(tile)
+        for tile in tiles:  # before the reduction, whose wait hides them
+            yield from self._read_shared(tile)
+        for tile in tiles:
+            yield from self._accumulate(tile)
         yield from self._row_value()
-        for chunk, start in enumerate(starts):
-            yield from self._finish(f"x{chunk}", f"{chunk}", start)
+        for tile in tiles:
+            yield from self._finish(tile)
 
     def _read_twice(self) -> Iterator[str]:
         """The row is read for its squares, and again for its elements."""
-        yield from self._read("x0", 0)
-        yield from self._accumulate("x0", first=True)
+        first = Tile("0", 0, 0, self.lanes, first=True)
+        following = Tile("s", "start", 0, self.lanes)
+        yield from self._read(first)
+        yield from self._accumulate(first)
         yield f"for start in range({self.lanes}, {self.hidden}, {self.lanes}):"
-        yield from _indented(self._read("xs", "start", write_sum=False))
-        yield from _indented(self._accumulate("xs", first=False))
+        yield from _indented(self._read(following, write_sum=False))
+        yield from _indented(self._accumulate(following))
         yield from self._row_value()
         yield f"for start in range(0, {self.hidden}, {self.lanes}):"
-        yield from _indented(self._read("xs", "start"))
-        yield from _indented(self._read_shared("s", "start"))
-        yield from _indented(self._finish("xs", "s", "start"))
+        yield from _indented(self._read(following))
+        yield from _indented(self._read_shared(following))
+        yield from _indented(self._finish(following))
 
     def _addresses(self) -> Iterator[str]:
         yield "sign_bit = tl.where(out.to(tl.int64) == 0, 1, -2147483648)"
@@ -134,7 +132,8 @@ class _Writer:
         else:
             yield f"r = tl.program_id(0) * {self.rows} + tl.arange(0, {self.rows})[:, None]"
             yield "present = r < rows"
-        yield f"lane = tl.arange(0, {self.lanes})[None, :]"
+        for piece, width in enumerate(self.widths):
+            yield f"lane{piece} = tl.arange(0, {width})[None, :]"
         yield "inner = tl.cast(inner, tl.int32)"
         yield "upper = (r // inner).to(tl.int64)"
         yield "lower = (r % inner).to(tl.int64)"
@@ -147,98 +146,113 @@ class _Writer:
             if name in self.spec.outputs:
                 yield f"{name} += r.to(tl.int64) * {self.hidden}"
 
-    def _mask(self, start: int | str, rows: bool = True) -> list[str]:
-        """The conditions under which an element of a chunk exists."""
+    def _mask(self, tile: Tile, rows: bool = True) -> list[str]:
+        """The conditions under which an element of a tile exists."""
         found = ["present"] if rows and self.rows > 1 else []
-        if start == "start" and self.hidden % self.lanes:
-            found.append(f"(start + lane < {self.hidden})")
-        elif isinstance(start, int) and start + self.lanes > self.hidden:
-            found.append(f"(lane < {self.hidden - start})")
+        if isinstance(tile.start, str):
+            if self.hidden % self.lanes:
+                found.append(f"({tile.start} + lane{tile.piece} < {self.hidden})")
+        elif tile.start + tile.width > self.hidden:
+            found.append(f"(lane{tile.piece} < {self.hidden - tile.start})")
         return found
 
-    def _load(self, name: str, start: int | str, rows: bool = True) -> str:
-        """Raw elements of a chunk; absent ones are 0."""
-        mask = self._mask(start, rows)
+    def _load(self, name: str, tile: Tile, rows: bool = True) -> str:
+        """Raw elements of a tile; absent ones are 0."""
+        mask = self._mask(tile, rows)
         guard = f", mask={' & '.join(mask)}, other=0.0" if mask else ""
-        return f"tl.load({name} + {_plus(start)}lane{guard})"
+        return f"tl.load({name} + {_place(tile)}{guard})"
 
-    def _store(self, name: str, start: int | str, value: str, dtype: torch.dtype) -> str:
-        mask = self._mask(start)
+    def _store(self, name: str, tile: Tile, value: str, dtype: torch.dtype) -> str:
+        mask = self._mask(tile)
         guard = f", mask={' & '.join(mask)}" if mask else ""
-        # In one row the pointer is a scalar and the tile (1, lanes), like `lane`.
-        return f"tl.store({name} + {_plus(start)}lane, {value}.to({TYPES[dtype]}){guard})"
+        # In one row the pointer is a scalar and the tile (1, width), like `lane`.
+        return f"tl.store({name} + {_place(tile)}, {value}.to({TYPES[dtype]}){guard})"
 
-    def _read(self, name: str, start: int | str, write_sum: bool = True) -> Iterator[str]:
-        """`name`: the float32 value of what is normalised."""
-        spec = self.spec
-        yield f"{name} = {self._load('x', start)}.to(tl.float32)"
+    def _read(self, tile: Tile, write_sum: bool = True) -> Iterator[str]:
+        """`x` and the tile's name: the float32 value of what is normalised."""
+        spec, name = self.spec, f"x{tile.name}"
+        yield f"{name} = {self._load('x', tile)}.to(tl.float32)"
         if spec.residual is None:
             return
-        yield f"{name} += {self._load('residual', start)}.to(tl.float32)"
+        yield f"{name} += {self._load('residual', tile)}.to(tl.float32)"
         if is_narrow(spec.normed):
             yield f"{name} = {name}.to({TYPES[spec.normed]}).to(tl.float32)  # sum"
         if write_sum and "sum" in spec.outputs:
-            yield self._store("sum", start, name, spec.normed)
+            yield self._store("sum", tile, name, spec.normed)
 
-    def _read_shared(self, suffix: str, start: int | str) -> Iterator[str]:
+    def _read_shared(self, tile: Tile) -> Iterator[str]:
         for name in ("weight", "bias"):
             if getattr(self.spec, name) is not None:
-                yield f"{name}{suffix} = {self._load(name, start, rows=False)}"
+                yield f"{name}{tile.name} = {self._load(name, tile, rows=False)}"
 
-    def _accumulate(self, name: str, first: bool) -> Iterator[str]:
-        """Add the squares of a chunk to `acc`, one sum per unit."""
+    def _accumulate(self, tile: Tile) -> Iterator[str]:
+        """Add the squares of a tile to its piece's `acc`, one sum per unit."""
         statement = steps.square(self.spec)
-        width = self.lanes // 2
+        name, count = f"x{tile.name}", tile.width // 2
         if is_narrow(self.spec.normed) and not statement.narrow:
             # The square of a 16-bit value is exact, so `cuda.row`'s fma may be written here too.
-            yield f"even, odd = tl.split(tl.reshape({name}, [{self.rows}, {width}, 2]))"
+            yield f"even, odd = tl.split(tl.reshape({name}, [{self.rows}, {count}, 2]))"
             yield f"unit = tl.fma(odd, odd, even * even)  # {statement.comment}"
         else:
             squares = f"tl.fma({name}, {name}, minus_zero){rounded(statement)}"
             yield f"unit = {squares}  # {statement.comment}"
-            yield self._pairs("unit", width)
-        while width > self.units:
-            width //= 2
-            yield self._pairs("unit", width)
-        yield f"acc {'=' if first else '+='} unit"
+            yield self._pairs("unit", count)
+        yield from self._tree("unit", count, tile.width // gpu_rows.VECTOR)
+        yield f"acc{tile.piece} {'=' if tile.first else '+='} unit"
 
-    def _pairs(self, name: str, width: int) -> str:
-        """Neighbours are added; `width` sums are left."""
-        return f"{name} = tl.sum(tl.reshape({name}, [{self.rows}, {width}, 2]), axis=2)"
+    def _pairs(self, name: str, count: int) -> str:
+        """Neighbours are added; `count` sums are left."""
+        return f"{name} = tl.sum(tl.reshape({name}, [{self.rows}, {count}, 2]), axis=2)"
+
+    def _tree(self, name: str, count: int, left: int) -> Iterator[str]:
+        """From `count` sums to the `left` that are left."""
+        while count > left:
+            count //= 2
+            yield self._pairs(name, count)
 
     def _row_value(self) -> Iterator[str]:
-        """From `acc` to `row_value`, (rows, 1)."""
-        width = self.units
-        while width > 1:
-            if width == self.groups:
-                # What is left lies in several warps. A tile with one of them in each row, and
-                # zeros, brings them all to every thread in one exchange instead of one a level.
-                every = f"tl.arange(0, {width})"
-                yield f"own = {every}[:, None] == {every}[None, :]"
-                yield "acc = tl.sum(tl.where(own, acc, 0.0), axis=1)"
-            width //= 2
-            yield self._pairs("acc", width)
-        yield "row_value = acc"
+        """From the sums of the pieces' units to `row_value`, (rows, 1)."""
+        counts = [self._exchanged(width) for width in self.widths]
+        for piece, width in enumerate(self.widths):
+            yield from self._tree(f"acc{piece}", width // gpu_rows.VECTOR, counts[piece])
+        for piece, count in enumerate(counts):
+            if count > 1:
+                # One exchange through shared memory, where the remaining levels would each be one.
+                # 203 instructions at hidden 4096, 367 at 8192; 300 and 554 if every thread gets all
+                # sums from a tile with one of them in each row and zeros (PTX, 8 warps).
+                every = f"tl.arange(0, {count})[None, :]"
+                yield f"acc{piece} = tl.gather(acc{piece}, {every}, axis=1)"
+        for piece, count in enumerate(counts):
+            yield from self._tree(f"acc{piece}", count, 1)
+        # A scalar where there is one: a tile would force its layout upon the elements.
+        total = "acc{}" if self.rows > 1 else "tl.sum(acc{})"
+        yield f"row_value = {' + '.join(map(total.format, range(len(counts))))}"
         yield from lines(steps.row(self.spec), "row_value", self.hidden)
         if "row" in self.spec.outputs:
-            pointer = "row + r" if self.rows > 1 else "row + r + tl.arange(0, 1)[:, None]"
             guard = ", mask=present" if self.rows > 1 else ""
-            yield f"tl.store({pointer}, row_value.to({TYPES[self.spec.row_dtype]}){guard})"
+            yield f"tl.store(row + r, row_value.to({TYPES[self.spec.row_dtype]}){guard})"
 
-    def _finish(self, name: str, suffix: str, start: int | str) -> Iterator[str]:
-        """The factor, the element program, and the store of one chunk."""
+    def _exchanged(self, width: int) -> int:
+        """How many sums of a piece the warps exchange; 1 where a row is one or two warps'."""
+        if self.rows > 1 or self.lanes < _LEAST_EXCHANGED:
+            return 1
+        of_a_warp = 32 * 16 // self.spec.x.itemsize  # elements, each thread having read 16 bytes
+        return min(width // gpu_rows.VECTOR, max(_EXCHANGED, width // of_a_warp))
+
+    def _finish(self, tile: Tile) -> Iterator[str]:
+        """The factor, the element program, and the store of one tile."""
         if self.spec.weight is not None:
-            yield f"factor = weight{suffix}.to(tl.float32)"
+            yield f"factor = weight{tile.name}.to(tl.float32)"
             yield from lines(steps.factor(self.spec), "factor", self.hidden)
         if self.spec.bias is not None:
-            yield f"shift = bias{suffix}.to(tl.float32)"
-        yield f"y = {name}"
+            yield f"shift = bias{tile.name}.to(tl.float32)"
+        yield f"y = x{tile.name}"
         yield from lines(steps.element(self.spec), "y", self.hidden)
-        yield self._store("out", start, "y", self.spec.out)
+        yield self._store("out", tile, "y", self.spec.out)
 
 
-def _plus(start: int | str) -> str:
-    return "" if start == 0 else f"{start} + "
+def _place(tile: Tile) -> str:
+    return f"lane{tile.piece}" if tile.start == 0 else f"{tile.start} + lane{tile.piece}"
 
 
 def _indented(lines: Iterable[str]) -> Iterator[str]:

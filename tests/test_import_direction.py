@@ -24,7 +24,7 @@ MODULES = """
     kernels.build_cache kernels.c_struct
     kernels.cpu_source kernels.cpu_build kernels.cpu_call kernels.cpu
     kernels.cuda_source kernels.cuda_build kernels.cuda_driver kernels.cuda_call kernels.cuda_row
-    kernels.triton_words kernels.triton_source kernels.triton_row
+    kernels.triton_tiles kernels.triton_words kernels.triton_source kernels.triton_row
     kernels.aiter_api kernels.aiter
     kernels.measured
     kernels.registry kernels
@@ -35,7 +35,8 @@ MODULES = """
     fxpass
     target_errors target_text target_dump target_hf target
     diff diff_text doctor
-    cli_common cli_baseline cli_explain cli_diff cli_machine cli __main__
+    cli_common cli_baseline cli_explain cli_diff cli_bisect cli_machine
+    cli __main__
 """.split()
 
 # Narrower than the order. The first entry whose prefix fits decides.

@@ -73,20 +73,21 @@ def compiled(spec: NormSpec, hidden: int, target=H200, rows: int | None = None):
     )
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
+@pytest.mark.parametrize("target", TARGETS[2:4], ids=lambda target: str(target[1]))
 def test_every_spec_compiles(target):
+    """For older NVIDIA GPUs, test_no_rounding_is_contracted_away."""
     for text in ALL.values():
         compiled(NormSpec.parse(text), 1000, target)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
-@pytest.mark.parametrize("rows", [None, 1])
-def test_every_schedule_compiles(target, rows):
-    for hidden in (1, 16, 24, 64, 128, 256, 512, 1024, 2048, 2880, 4096, 8192, 16_384, 65_536):
-        compiled(NormSpec.parse(LLAMA), hidden, target, rows)
+def test_every_schedule_compiles(target):
+    for hidden in (1, 24, 256, 512, 1024, 5120, 8192, 12_288, 65_536):
+        for rows in (None, 1) if target == H200 else (None,):
+            compiled(NormSpec.parse(LLAMA), hidden, target, rows)
 
 
-@pytest.mark.parametrize("hidden", [64, 128, 256, 512, 1024, 2048, 4096, 5120, 8192, 16_384])
+@pytest.mark.parametrize("hidden", [64, 256, 512, 2048, 2880, 4096, 5120, 8192, 16_384])
 @pytest.mark.parametrize("rows", [None, 1])
 def test_reads_and_writes_16_bytes(hidden, rows):
     ptx = compiled(NormSpec.parse(LLAMA), hidden, rows=rows).asm["ptx"]
@@ -101,9 +102,16 @@ def test_short_rows_need_no_shared_memory(hidden):
 
 @pytest.mark.parametrize("hidden", [1024, 2048, 4096, 8192])
 @pytest.mark.parametrize("rows", [None, 1])
-def test_warps_meet_twice(hidden, rows):
+def test_warps_meet_once(hidden, rows):
     ptx = compiled(NormSpec.parse(LLAMA), hidden, rows=rows).asm["ptx"]
-    assert ptx.count("bar.sync") == 2
+    assert ptx.count("bar.sync") == ptx.count("ld.shared") == ptx.count("st.shared") == 1
+
+
+@pytest.mark.parametrize(("hidden", "most"), [(2880, 1300), (4096, 1700), (5120, 2000)])
+def test_instructions_of_a_row(hidden, most):
+    """Of all warps. Elements that a padded row lacks cost as many as others."""
+    found = compiled(NormSpec.parse(LLAMA), hidden)
+    assert len(_INSTRUCTION.findall(found.asm["ptx"])) * found.metadata.num_warps <= most
 
 
 def test_one_weight_row_is_not_divided_by():
@@ -165,7 +173,7 @@ def test_contraction_is_noticed(monkeypatch):
 def test_source_can_be_read_back():
     spec = NormSpec.parse(LLAMA)
     found = triton_row.inline(spec, 128, None)
-    text = triton_source.source(spec, 128, found.rows_per_program)
+    text = triton_source.source(spec, 128, found.rows_per_program, cut=False)
     assert inspect.getsource(found.kernel.fn) == text
     assert tuple(found.kernel.arg_names) == found.parameters
 
