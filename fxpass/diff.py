@@ -93,7 +93,9 @@ def _site_dict(index: int, site: SiteDiff) -> dict[str, Any]:
 
 def of_graphs(target: str, graphs: Iterable[fx.GraphModule], options: Options) -> Diff:
     """Rewrites a copy of each graph and keeps both."""
-    whole, sites, rows = Report(), [], []
+    whole = Report()
+    sites: list[SiteDiff] = []
+    rows: list[tuple[Row, ...]] = []
     for index, graph_module in enumerate(graphs):
         one = _Rewritten(graph_module.graph, options)
         rows.append(tuple(one.rows(len(sites))))

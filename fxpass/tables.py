@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from fxpass.dtypes import short
 from fxpass.kernels import Kernel, kernels
 from fxpass.patterns import FAMILIES, FINISHES
@@ -18,10 +20,15 @@ def variant_table() -> str:
 
 def kernel_table() -> str:
     """Markdown: one row per kernel, from its contract."""
+    return kernel_rows(kernels(), "github")
+
+
+def kernel_rows(shown: Iterable[Kernel], style: str) -> str:
+    """The same for some kernels, in one of tabulate's styles."""
     from tabulate import tabulate
 
     head = ("kernel", "platform", "x", "weight", "hidden", "layout", "rounding", "residual", "BI")
-    return tabulate([_row(kernel) for kernel in kernels()], headers=head, tablefmt="github")
+    return tabulate([_row(kernel) for kernel in shown], headers=head, tablefmt=style)
 
 
 def _row(kernel: Kernel) -> tuple[str, ...]:

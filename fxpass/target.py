@@ -72,7 +72,7 @@ def load(text: str, fake: bool | None = None) -> Target:
     place, colon, name = text.rpartition(":")
     if not colon or not place or not name:
         raise TargetError(f"TARGET {text}: no such folder, and no callable named; use {FORMS}")
-    return _called(text, _attribute(text, _module(text, place), name), bool(fake))
+    return _called(text, function(text), bool(fake))
 
 
 @contextlib.contextmanager
@@ -104,6 +104,14 @@ def _on_cpu(value: Any) -> Any:
     return torch.device("cpu") if is_cuda else value
 
 
+def function(text: str) -> Callable[..., Any]:
+    """A function named as module:function or file.py:function."""
+    place, _, name = text.rpartition(":")
+    if not place or not name:
+        raise TargetError(f"{text}: names no function; use module:function or file.py:function")
+    return _attribute(text, _module(text, place), name)
+
+
 def _module(text: str, place: str) -> ModuleType:
     """The module, from a file or by its dotted name."""
     try:
@@ -112,9 +120,9 @@ def _module(text: str, place: str) -> ModuleType:
         raise
     except ModuleNotFoundError as error:
         hint = "is it installed in this Python? For a file, write path/to/file.py:callable"
-        raise TargetError(f"TARGET {text}: no module {error.name!r}; {hint}") from error
+        raise TargetError(f"{text}: no module {error.name!r}; {hint}") from error
     except (Exception, SystemExit) as error:
-        raise TargetError(f"TARGET {text}: importing {place}: {said(error, place)}") from error
+        raise TargetError(f"{text}: importing {place}: {said(error, place)}") from error
 
 
 def _by_name(place: str) -> ModuleType:
@@ -124,7 +132,7 @@ def _by_name(place: str) -> ModuleType:
 
 def _from_file(text: str, path: Path) -> ModuleType:
     if not path.is_file():
-        raise TargetError(f"TARGET {text}: no file {path}{_near_files(path)}")
+        raise TargetError(f"{text}: no file {path}{_near_files(path)}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -165,13 +173,10 @@ def _attribute(text: str, module: ModuleType, name: str) -> Callable[..., Any]:
             own = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
             near = difflib.get_close_matches(part, own, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"found {', '.join(own[:8]) or 'none'}"
-            raise TargetError(f"TARGET {text}: {module.__name__} has no {part!r}; {hint}")
+            raise TargetError(f"{text}: {module.__name__} has no {part!r}; {hint}")
         found = getattr(found, part)
     if isinstance(found, torch.nn.Module) or not callable(found):
-        raise TargetError(
-            f"TARGET {text}: {name!r} is a {type(found).__name__}, needs a function that returns"
-            " (model, args)"
-        )
+        raise TargetError(f"{text}: {name!r} is a {type(found).__name__}, needs a function")
     made: Callable[..., Any] = found
     return made
 

@@ -41,6 +41,8 @@ def _what(error: BaseException) -> str:
     if wrapped:
         return f"{wrapped[1]}: {wrapped[3].splitlines()[0]}"
     lines = str(error).strip().splitlines()
+    if lines and lines[0].endswith("raised:"):  # a compiler's error: what it wraps comes next
+        return " ".join(lines[1:2]) or type(error).__name__
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 

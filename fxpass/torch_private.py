@@ -125,11 +125,19 @@ def visit_post_grad_graphs(
     visit: Callable[[fx.Graph], None],
 ) -> None:
     """Call `visit` on each graph that Inductor's post-grad passes would get, compiling nothing."""
+    through_post_grad(model, visit)(*args, **kwargs)
+
+
+def through_post_grad(
+    model: Callable[..., Any], change: Callable[[fx.Graph], None]
+) -> Callable[..., Any]:
+    """The model as its post-grad graphs, run as they are once `change` has seen each."""
     from torch._inductor.compile_fx import compile_fx as inductor_compile
 
     def inner(graph_module: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
         with inside_inductor():
-            visit(graph_module.graph)
+            change(graph_module.graph)
+        graph_module.recompile()
         return graph_module
 
     def backend(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -140,7 +148,8 @@ def visit_post_grad_graphs(
             config_patches={"force_disable_caches": True, "fx_graph_cache": False},
         )
 
-    torch.compile(_fresh(model), backend=backend)(*args, **kwargs)
+    compiled: Callable[..., Any] = torch.compile(_fresh(model), backend=backend)
+    return compiled
 
 
 def _fresh(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -229,3 +238,21 @@ def fakes_with_symbols(
         symbol = env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
         made[name] = env.create_symintnode(symbol, hint=hint, source=source)
     return FakeTensorMode(shape_env=env, allow_non_fake_inputs=True), made
+
+
+def python_overrides(operator_name: str) -> dict[str, str]:
+    """Dispatch key -> `file:line` of implementations of an operator written in Python, torch's not.
+
+    The dispatcher's dump marks what an override has replaced as inactive.
+    """
+    import os
+
+    ours = (os.path.dirname(torch.__file__) + os.sep, "/dev/null")
+    found: dict[str, str] = {}
+    for line in torch._C._dispatch_dump(operator_name).splitlines():
+        key, _, rest = line.partition(": registered at ")
+        place = rest.partition(" :: ")[0]
+        in_python = place.rpartition(":")[0].endswith(".py")
+        if in_python and "inactive" not in key and not place.startswith(ours):
+            found[key] = place
+    return found

@@ -16,7 +16,7 @@ from fxpass.options import names
 
 MODELS = str(Path(__file__).parent / "cli_models.py")
 GOOD, MISSPELT = f"{MODELS}:make", f"{MODELS}:make_misspelt"
-COMMANDS = ("explain", "diff")
+COMMANDS = ("explain", "diff", "bisect", "kernels", "doctor")
 
 
 @pytest.fixture

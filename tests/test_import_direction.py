@@ -24,7 +24,8 @@ MODULES = """
     kernels.build_cache kernels.c_struct
     kernels.cpu_source kernels.cpu_build kernels.cpu_call kernels.cpu
     kernels.cuda_source kernels.cuda_build kernels.cuda_driver kernels.cuda_call kernels.cuda_row
-    kernels.triton_tiles kernels.triton_words kernels.triton_source kernels.triton_row
+    kernels.triton_tiles kernels.triton_words kernels.triton_source kernels.triton_call
+    kernels.triton_row
     kernels.aiter_api kernels.aiter
     kernels.measured
     kernels.registry kernels

@@ -1,0 +1,69 @@
+"""`fxpass kernels` and `fxpass doctor`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fxpass import cli, doctor, torch_private
+
+
+def test_kernels_come_from_the_contracts(capsys) -> None:
+    assert cli.main(["kernels"]) == 0
+    assert "cpu.row" in capsys.readouterr().out
+    assert cli.main(["kernels", "--platform", "rocm:gfx942"]) == 0
+    out = capsys.readouterr().out
+    assert "triton.row" in out
+    assert "cpu.row" not in out
+    assert cli.main(["kernels", "--json"]) == 0
+    found = {kernel["name"]: kernel for kernel in json.loads(capsys.readouterr().out)}
+    assert found["cpu.row"]["batch_invariant"] is True
+
+
+def test_doctor_finds_nothing_wrong_here(capsys) -> None:
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in out
+    assert "reference.eager: can run here" in out
+    assert "F.rms_norm(eps=None) on bf16: compiled with 1.1920928955078125e-07, eager agrees" in out
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+@pytest.mark.filterwarnings("ignore:Overriding a previously registered kernel")
+def test_doctor_names_overrides_that_compiling_bypasses() -> None:
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mean.dim", lambda x, dim, keepdim=False, dtype=None: x, "CPU")
+    library.impl("mm", lambda a, b: a, "CPU")
+    try:
+        found = [finding for finding in doctor.overrides() if finding.warning]
+    finally:
+        library._destroy()
+    assert len(found) == 2
+    assert f"aten::mean.dim (CPU) is overridden at {__file__}:" in found[0].text
+    assert "Inductor calls mm.out" in found[1].text
+    assert not any(finding.warning for finding in doctor.overrides())
+
+
+def test_doctor_names_passes_of_others() -> None:
+    with torch_private.inductor_config().patch(joint_custom_pre_pass=print):
+        (found,) = doctor.hooks()
+    assert found.warning
+    assert "joint_custom_pre_pass: <built-in function print>" in found.text
+
+
+def test_a_check_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken():
+        raise RuntimeError("no such file\nsecond line")
+
+    monkeypatch.setattr(doctor, "caches", broken)
+    findings = doctor.examine()
+    assert any(f.text == "the check itself failed: RuntimeError: no such file" for f in findings)
+    assert findings[-1].topic == "eps"
+
+
+def test_strict_turns_warnings_into_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda: [doctor.Finding("x", "y", warning=True)])
+    assert cli.main(["doctor"]) == 0
+    assert cli.main(["doctor", "--strict"]) == 1
