@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fxpass import facts
+from fxpass.html_table import paragraph, table
 from fxpass.plan import Decisions, Plan
 from fxpass.sites import Decline
 
@@ -104,6 +105,20 @@ class Report:
         sites = [RewrittenSite(**_tuples(site)) for site in data["rewritten"]]
         misses = [Decline(**miss) for miss in data["declined"]]
         return cls(sites, misses, data["graphs"], list(data["errors"]))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        rows = [
+            (s.module or s.node, s.location, s.variant, s.kernel, s.numerics)
+            for s in self.rewritten
+        ]
+        misses = [(m.module or m.node, m.location, m.source, m.reason) for m in self.declined]
+        parts = [paragraph(self.summary())]
+        if rows:
+            parts.append(table(("norm", "source", "variant", "kernel", "numerics"), rows))
+        if misses:
+            parts.append(table(("declined", "source", "line", "reason"), misses))
+        return "\n".join(parts + [paragraph(error) for error in self.errors])
 
     def __str__(self) -> str:
         from tabulate import tabulate

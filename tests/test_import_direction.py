@@ -31,9 +31,10 @@ MODULES = """
     kernels.registry kernels
     platforms fusable layout copies select plan ops
     fused lowering
-    verify rewrite sampling report tables remembered modules printing
+    verify rewrite sampling html_table report tables remembered modules printing
     pipeline capture ledger hooks backend
     fxpass
+    pytest_plugin
     target_errors target_text target_dump target_hf target
     diff diff_text doctor
     cli_common cli_baseline cli_explain cli_diff cli_bisect cli_machine
