@@ -16,6 +16,7 @@ import torch
 
 from fxpass.kernels import gpu_rows, steps, triton_source, triton_tiles, triton_words
 from fxpass.kernels.contract import Contract, Hidden, Inline, Kernel, Layout, Outputs
+from fxpass.kernels.triton_call import Compiled, RowCall
 from fxpass.spec import Inverse, NormSpec, Rounding
 
 CONTRACT = Contract(
@@ -103,33 +104,12 @@ def unavailable() -> str | None:
 
 def bound(spec: NormSpec) -> Callable[..., Any]:
     """(x, residual, weight, bias, eps) -> a tensor, or a tuple if the spec has more outputs."""
-    names = triton_source.parameters(spec)
-    dtypes = {"out": spec.out, "sum": spec.normed, "row": spec.row_dtype}
-    # Hashing a spec costs 10 us, so each keeps its own kernels.
-    kernel = cache(lambda hidden, *schedule: _kernel(spec, hidden, *schedule))
 
-    def call(
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        eps: float,
-    ) -> torch.Tensor | Outputs:
-        shapes = {"out": x.shape, "sum": x.shape, "row": (*x.shape[:-1], 1)}
-        made: dict[str, Any] = {
-            name: torch.empty(shapes[name], dtype=dtypes[name], device=x.device)
-            for name in spec.outputs
-        }
-        if x.numel():
-            values = {**made, **_arguments(x, residual, weight, bias), "eps": eps}
-            rows_per_program, warps, cut = schedule(x.shape[-1], values["rows"])
-            grid = (-(-values["rows"] // rows_per_program),)
-            with torch.cuda.device(x.get_device()):
-                run = kernel(x.shape[-1], rows_per_program, cut)[grid]
-                run(*(values[name] for name in names), num_warps=warps)
-        return made["out"] if len(made) == 1 else tuple(made.values())
+    def choose(hidden: int, rows: int) -> Compiled:
+        rows_per_program, warps, cut = schedule(hidden, rows)
+        return Compiled(_kernel(spec, hidden, rows_per_program, cut), rows_per_program, warps)
 
-    return call
+    return RowCall(spec, choose)
 
 
 def launch(
@@ -151,30 +131,6 @@ _bound = cache(bound)
 @cache
 def _kernel(spec: NormSpec, hidden: int, rows_per_program: int, cut: bool) -> Any:
     return triton_source.kernel(triton_source.source(spec, hidden, rows_per_program, cut))
-
-
-def _arguments(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> dict[str, Any]:
-    """The inputs, and how their rows are addressed. Copies what cannot be addressed."""
-    hidden = x.shape[-1]
-    inputs = {"x": x} if residual is None else {"x": x, "residual": residual}
-    rows = gpu_rows.address(x.shape, [t.stride() for t in inputs.values()])
-    if rows is None:
-        inputs = {name: t.contiguous() for name, t in inputs.items()}
-        rows = gpu_rows.address(x.shape, [t.stride() for t in inputs.values()])
-        assert rows is not None
-    found: dict[str, Any] = {**inputs, "rows": rows.count, "inner": rows.inner}
-    for name, outer, step in zip(inputs, rows.outer, rows.step, strict=True):
-        found[f"{name}_outer"], found[f"{name}_step"] = outer, step
-    for name, shared in (("weight", weight), ("bias", bias)):
-        if shared is not None:
-            found[name] = shared.contiguous()
-            found[f"{name}_rows"] = shared.numel() // hidden
-    return found
 
 
 def _no_triton() -> str | None:

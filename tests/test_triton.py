@@ -12,7 +12,7 @@ import torch
 from kernel_cases import LLAMA, SPECS
 from triton_cases import MORE_SPECS
 
-from fxpass.kernels import triton_row, triton_source, triton_words
+from fxpass.kernels import triton_call, triton_row, triton_source, triton_words
 from fxpass.spec import NormSpec
 
 triton = pytest.importorskip("triton")
@@ -24,18 +24,23 @@ TARGETS = [("cuda", 80, 32), H200, ("cuda", 100, 32), ("hip", "gfx942", 64), ("h
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
-def test_bits_in_the_interpreter():
-    """Every test of triton_interpreted.py, where Triton is imported as an interpreter."""
+@pytest.fixture(scope="module", autouse=True)
+def interpreter():
+    """Every test of triton_interpreted.py, where Triton is imported as an interpreter.
+
+    Started before the first test here and looked at in the last: it takes as long as the others.
+    """
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-    done = subprocess.run(
+    with subprocess.Popen(
         [*command, HERE / "triton_interpreted.py"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parent,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    ) as started:
+        yield started
+        started.kill()
 
 
 # ---- What it compiles to -------------------------------------------------------------------------
@@ -167,6 +172,68 @@ def test_contraction_is_noticed(monkeypatch):
     assert contractions(ptx)
 
 
+# ---- Calls ---------------------------------------------------------------------------------------
+
+
+class Launches:
+    """Stands for a kernel, for what its launch returns, and for both of them with a grid."""
+
+    def __init__(self):
+        self.found = []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.found.append((grid, arguments, options))
+            return self
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    made = Launches()
+    monkeypatch.setattr(triton_call, "_is_reusable", lambda x: True)
+    call = triton_call.RowCall(
+        NormSpec.parse(LLAMA), lambda hidden, rows: triton_call.Compiled(made, 2, 4)
+    )
+
+    def run(x, weight, eps=1e-6):
+        call(x, None, weight, None, eps)
+        return made.found.pop()
+
+    return run
+
+
+def test_second_launch_is_direct(launches):
+    x, weight = torch.zeros(2, 3, 128).bfloat16(), torch.zeros(128).bfloat16()
+    grid, arguments, options = launches(x, weight)
+    assert (grid, options) == ((3, 1, 1), {"num_warps": 4})
+    assert arguments[0] is x
+    assert arguments[3:] == (6, 1, 128, 0, 1, 1e-6)
+    grid, again, options = launches(x + 1, weight, eps=1)
+    assert (grid, options) == ((3, 1, 1), {})
+    assert again[1] == weight.data_ptr()
+    assert again[3:] == (*arguments[3:8], 1.0)
+    assert isinstance(again[8], float)  # an int would be taken for another argument type
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(769).bfloat16()[1:].view(2, 3, 128),
+        torch.zeros(2, 6, 128).bfloat16()[:, ::2],
+        torch.zeros(5, 128).bfloat16(),
+        torch.zeros(2, 3, 128),
+    ],
+    ids=["alignment", "strides", "shape", "dtype"],
+)
+def test_other_tensors_are_launched_by_triton(launches, x):
+    weight = torch.zeros(128).bfloat16()
+    for _ in range(2):
+        launches(torch.zeros(2, 3, 128).bfloat16(), weight)
+    assert launches(x, weight)[2] == {"num_warps": 4}
+
+
 # ---- The kernel record ---------------------------------------------------------------------------
 
 
@@ -188,3 +255,8 @@ def test_prepare_says_why_not(monkeypatch):
     monkeypatch.setattr(triton_row.importlib.util, "find_spec", lambda name: None)
     assert triton_row.KERNEL.prepare(spec, 128) == "triton is not installed"
     assert triton_row.KERNEL.unavailable() == "triton is not installed"
+
+
+def test_bits_in_the_interpreter(interpreter):
+    printed, _ = interpreter.communicate()
+    assert interpreter.returncode == 0, printed

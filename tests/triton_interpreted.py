@@ -49,10 +49,12 @@ def assert_same(found, wanted):
 @pytest.fixture
 def schedule(monkeypatch):
     def use(rows_per_program, cut=False):
+        triton_row._bound.cache_clear()  # what was planned before
         found = (rows_per_program, 4, cut)
         monkeypatch.setattr(triton_row, "schedule", lambda hidden, rows: found)
 
-    return use
+    yield use
+    triton_row._bound.cache_clear()
 
 
 @pytest.mark.parametrize("name", ALL)
