@@ -46,16 +46,15 @@ def lower(
     inductor.read_twice(total)
     element = _loaded(compute, total, spec.normed, pinned=residual is not None)
     row = _row(spec, compute, total, element)
-    factor = None if weight is None else _over_rows(total, weight, hidden)
-    shift = None if bias is None else _over_rows(total, bias, hidden)
+    factor = _over_rows(compute, total, weight, spec.weight)
+    shift = _over_rows(compute, total, bias, spec.bias)
 
     def at(index: Index) -> Any:
         operands = {"row": compute.widened(row.make_loader()([*index[:-1], 0]), spec.row_dtype)}
         if factor is not None:
-            loaded = compute.widened(factor(index), spec.weight)
-            operands["factor"] = compute.run(steps.factor(spec), loaded)
+            operands["factor"] = compute.run(steps.factor(spec), factor(index))
         if shift is not None:
-            operands["shift"] = compute.widened(shift(index), spec.bias)
+            operands["shift"] = shift(index)
         value = compute.run(steps.element(spec), element(index), operands)
         return compute.rounded(value, [spec.out])
 
@@ -101,17 +100,22 @@ def _loaded(compute: _Compute, value: Value, dtype: torch.dtype, pinned: bool = 
     return lambda index: compute.rounded(compute.widened(load(index), dtype), roundings)
 
 
-def _over_rows(total: Value, weight: Value, hidden: int) -> Load:
+def _over_rows(
+    compute: _Compute, total: Value, weight: Value | None, dtype: torch.dtype | None
+) -> Load | None:
     """Elements of a weight of one row, or of several that repeat over the rows of x."""
+    if weight is None or dtype is None:
+        return None
     lead = inductor.size_of(total)[:-1]
-    rows = math.prod(inductor.size_of(weight)) // hidden
-    load: Load = inductor.viewed(weight, (rows, hidden)).make_loader()
+    rows = inductor.plain(math.prod(inductor.size_of(weight)) // compute.hidden)
+    load = _loaded(compute, inductor.viewed(weight, (rows, compute.hidden)), dtype)
 
     def at(index: Index) -> Any:
         row: Any = 0
         for size, position in zip(lead, index[:-1], strict=True):
             row = row * size + position
-        return load([inductor.remainder(row, rows) if rows > 1 else 0, index[-1]])
+        # The number of rows may be symbolic.
+        return load([0 if rows == 1 else inductor.remainder(row, rows), index[-1]])
 
     return at
 

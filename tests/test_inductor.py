@@ -147,6 +147,16 @@ FUSED = {
 }
 
 
+def biased(x, w, a, b):
+    return (unit(x) * w.float() + (a * b).float()).to(x.dtype)
+
+
+COMPUTED = {
+    "weight": (lambda x, a, b: llama(x, a * b), ("bf16[32,128]", "bf16[128]", "bf16[128]")),
+    "bias": (biased, ("bf16[32,128]", "bf16[128]", "bf16[128]", "bf16[128]")),
+}
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_neighbours_are_fused_and_roundings_kept(name: str) -> None:
     function, texts = FUSED[name]
@@ -157,6 +167,26 @@ def test_neighbours_are_fused_and_roundings_kept(name: str) -> None:
     assert code.count("async_compile.cpp_pybinding(") == 1
     assert "fxpass" not in code
     assert _equal_share(found, function(*given)) >= 0.999
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_weight_that_is_computed_is_rounded_before_it_is_used(name: str) -> None:
+    function, texts = COMPUTED[name]
+    given = tensors(*texts)
+    options = {**OPTIONS, "expect": 1}
+    compiled = torch.compile(function, backend=fxpass.rmsnorm_backend, options=options)
+    assert _equal_share(compiled(*given), function(*given)) >= 0.999
+
+
+def test_a_symbolic_number_of_heads() -> None:
+    options = {**OPTIONS, "expect": 1}
+    compiled = torch.compile(llama, backend=fxpass.rmsnorm_backend, options=options)
+    for heads in (4, 7):
+        x, w = tensors(f"bf16[5,{heads},64]", f"bf16[{heads},64]")
+        torch._dynamo.mark_dynamic(x, 1)
+        torch._dynamo.mark_dynamic(w, 0)
+        with torch._dynamo.config.patch(error_on_recompile=heads != 4):
+            assert _equal_share(compiled(x, w), llama(x, w)) >= 0.999
 
 
 def test_a_symbolic_number_of_rows() -> None:
