@@ -18,11 +18,12 @@ from fxpass.cli_common import (
     write,
 )
 from fxpass.diff import of_graphs
+from fxpass.diff_html import page
 
 _EXAMPLE = """\
   fxpass diff hf:llama
   fxpass diff model.py:make --graph | less -R
-  fxpass diff model.py:make --json diff.json"""
+  fxpass diff model.py:make --html diff.html --json diff.json"""
 
 
 def add(commands: Commands) -> None:
@@ -33,6 +34,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--all", action="store_true", help="every site, alike or not")
     parser.add_argument("--graph", action="store_true", help="the whole graphs as well")
     parser.add_argument("--json", metavar="FILE", help="write the diff as JSON")
+    parser.add_argument("--html", metavar="FILE", help="write one self-contained web page")
     parser.add_argument(
         "--color", choices=("auto", "always", "never"), default="auto", help="(NO_COLOR is heeded)"
     )
@@ -46,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
         diff = of_graphs(target.name, target.graphs(), options)
     if args.json:
         write(args.json, json.dumps(diff.to_dict(), indent=1))
+    if args.html:
+        write(args.html, page(diff))
     print(diff_text.text(diff, args.all, args.graph, _colour(args.color)))
     return OK
 

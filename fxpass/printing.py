@@ -35,7 +35,7 @@ def label(node: fx.Node, is_input: bool = False) -> str:
         return f"%{node.name}\n{_kind(node)}"
     if ops.is_ours(node.target):
         return f"{node.args[-2]}\n{_kind(node)}"
-    numbers = [str(arg) for arg in node.args[1:] if isinstance(arg, (int, float))]
+    numbers = [f"{arg:.6g}" for arg in node.args[1:] if type(arg) in (int, float)]
     shown = _target(node) + (f" {', '.join(numbers)}" if numbers else "")
     return f"{shown}\n{_kind(node)}"
 

@@ -66,6 +66,7 @@ def test_holds_every_source_file(wheel: Path) -> None:
             if path.suffix in (".py", ".cpp", ".h"):
                 assert f"{target}/{path.name}" in names
     assert "fxpass/py.typed" in names
+    assert "fxpass/templates/diff.html.jinja" in names
 
 
 def test_offers_the_backend_to_torch_compile(wheel: Path) -> None:
