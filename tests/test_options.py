@@ -84,3 +84,21 @@ def test_wrong_environment_names_the_variable(name: str, text: str, monkeypatch)
 def test_every_option_has_a_documented_name() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     assert [name for name in names() if f"`{name}`" not in readme] == []
+
+
+@pytest.mark.parametrize("platform", ["rocm:gfx942", "cuda:sm_90", "cpu", "rocm"])
+def test_platform(platform: str) -> None:
+    assert Options(platform=platform).platform == platform
+
+
+@pytest.mark.parametrize(
+    ("platform", "message"),
+    [
+        ("rcom:gfx942", "platform 'rcom:gfx942' is unknown"),
+        ("rocm:", "use for example 'rocm:gfx942'"),
+        (942, "platform 942 is unknown"),
+    ],
+)
+def test_a_wrong_platform(platform: object, message: str) -> None:
+    with pytest.raises(fxpass.OptionsError, match=message):
+        Options(platform=platform)
