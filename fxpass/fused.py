@@ -1,8 +1,9 @@
 """A norm in Inductor's own operations, every rounding of its spec written out.
 
 Values are float32 in registers; a rounding is a conversion to 16 bits and back that Inductor may
-not leave out. On a GPU three float32 operations need an instruction of their own, because Triton
-divides and takes roots approximately and may join a product with the addition that follows it.
+not leave out. On a GPU some float32 operations need an instruction of their own, because Triton
+divides and takes roots approximately and may join a product with the addition that follows it, in
+16 bits too, whoever wrote the two: the product of a neighbour, or the addition.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Index = Sequence[Any]
 Load = Callable[[Index], Any]
 
 _ADDS = ("add_eps", "add_bias", "offset")
-_MULTIPLIES = ("mean", "mul_n", "mul_const", "square", "mul_row", "mul_weight")
+_MULTIPLIES = ("mean", "div_n", "mul_n", "mul_const", "square", "mul_row", "mul_weight")
 
 
 def lower(
@@ -39,7 +40,14 @@ def lower(
     eps: float,
 ) -> dict[str, Value]:
     """The spec's outputs by name."""
-    compute = _Compute(inductor.ops(), inductor.device_of(x).type == "cuda", hidden, eps)
+    given = [value for value in (x, residual, weight, bias) if value is not None]
+    compute = _Compute(
+        inductor.ops(),
+        inductor.device_of(x).type == "cuda",
+        hidden,
+        eps,
+        fused_input=not all(map(inductor.comes_rounded, given)),
+    )
     total = x if residual is None else _added(spec, compute, x, residual)
     if residual is not None and "sum" in spec.outputs:
         inductor.store(total)
@@ -55,7 +63,7 @@ def lower(
             operands["factor"] = compute.run(steps.factor(spec), factor(index))
         if shift is not None:
             operands["shift"] = shift(index)
-        value = compute.run(steps.element(spec), element(index), operands)
+        value = compute.run(steps.element(spec), element(index), operands, adds_next=True)
         return compute.rounded(value, [spec.out])
 
     out = inductor.pointwise(x, spec.out, inductor.size_of(total), at)
@@ -71,7 +79,8 @@ def _added(spec: NormSpec, compute: _Compute, x: Value, residual: Value) -> Valu
     loads = [_loaded(compute, x, spec.x), _loaded(compute, residual, spec.residual)]
 
     def at(index: Index) -> Any:
-        return compute.rounded(compute.ops.add(*(load(index) for load in loads)), roundings)
+        left, right = (load(index) for load in loads)
+        return compute.rounded(compute.added(left, right), roundings)
 
     return inductor.pointwise(x, spec.sum, inductor.size_of(x), at)
 
@@ -88,7 +97,7 @@ def _row(spec: NormSpec, compute: _Compute, total: Value, element: Load) -> Valu
     load = added.make_loader()
 
     def at(index: Index) -> Any:
-        return compute.run(steps.row(spec), load(index))
+        return compute.run(steps.row(spec), load(index), adds_next="row" in spec.outputs)
 
     return inductor.pointwise(total, spec.row_dtype, (*size[:-1], 1), at)
 
@@ -128,6 +137,8 @@ class _Compute:
     gpu: bool
     hidden: int
     eps: float
+    fused_input: bool
+    """Whether an input may be a product that is still in registers."""
 
     @property
     def exact(self) -> bool:
@@ -155,9 +166,9 @@ class _Compute:
     ) -> Any:
         """The value after the statements. `adds_next`: an addition follows the last one."""
         for at, statement in enumerate(program):
-            following = [s for s in program[at + 1 :] if s.op != "cast" or s.narrow][:1]
+            following = [s for s in program[at + 1 :] if s.op != "cast"][:1]
             added = following[0].op in _ADDS if following else adds_next
-            alone = added and statement.op in _MULTIPLIES and not statement.narrow
+            alone = added and statement.op in _MULTIPLIES
             value = self._apply(statement, value, operands or {}, alone)
             value = self.rounded(value, statement.narrow)
         return value
@@ -166,7 +177,8 @@ class _Compute:
         """One operation, unrounded. `alone`: a product that must not join an addition."""
         if step.op in ("mul_row", "mul_weight"):
             return self._product(v, operands["row" if step.op == "mul_row" else "factor"], alone)
-        if step.op == "mul_n" or (step.op == "mean" and self.gpu):  # so does eager on a GPU
+        # Eager on a GPU divides by a number as it multiplies, by the float32 inverse.
+        if step.op == "mul_n" or (step.op in ("mean", "div_n") and self.gpu):
             return self._product(v, self._constant(1.0 / self.hidden), alone and not self.exact)
         if step.op == "mul_const":
             return self._product(
@@ -188,15 +200,22 @@ class _Compute:
         if step.op == "clamp_eps":
             return self.ops.maximum(v, self.rounded(self._constant(self.eps), [step.computed]))
         if step.op == "offset":
-            return self.ops.add(v, self._constant(step.value or 0.0))
+            return self.added(v, self._constant(step.value or 0.0))
         if step.op == "add_bias":
-            return self.ops.add(v, operands["shift"])
+            return self.added(v, operands["shift"])
         if step.op == "sqrt":
             return self._asm("sqrt.rn.f32 $0, $1;", v) if self.gpu else self.ops.sqrt(v)
         if step.op == "rsqrt":
-            return self.ops.rsqrt(v)
+            # Triton's own rsqrt flushes subnormals, eager's does not.
+            return self._asm("rsqrt.approx.f32 $0, $1;", v) if self.gpu else self.ops.rsqrt(v)
         assert step.op in ("sum", "cast"), step.op
         return v
+
+    def added(self, a: Any, b: Any) -> Any:
+        """The sum, in which no product of an input's maker is contracted."""
+        if self.fused_input and self.gpu:
+            return self._asm("add.rn.f32 $0, $1, $2;", a, b)
+        return self.ops.add(a, b)
 
     def _constant(self, value: float) -> Any:
         return self.ops.constant(steps.single(value), F32)

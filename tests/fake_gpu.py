@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import importlib.util
+import pathlib
+import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -47,6 +51,42 @@ def generated(graph_module: fx.GraphModule, inputs: list[Any]) -> str:
             code = lowering.codegen()[0]
     lines = str(getattr(code, "value", code)).splitlines()
     return "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+
+
+def ptx(text: str, folder: pathlib.Path, capability: int) -> str:
+    """The PTX of the Triton kernels in what `generated` returned."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    made = []
+    kernels = re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", text, re.DOTALL)
+    for name, source in kernels:
+        imports, _, rest = source.partition("@triton_heuristics")
+        meta, _, body = rest.partition("@triton.jit")
+        path = folder / f"{name}.py"
+        imports = imports.replace("triton_helpers.set_driver_to_gpu()", "")
+        path.write_text(f"{imports}\n@triton.jit{body}")
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found = re.search(r"'signature': (\{.*?\})", meta)
+        assert found is not None
+        signature = ast.literal_eval(found[1])
+        sizes = {
+            key: 8 if key == "XBLOCK" else 512 for key in signature if signature[key] == "constexpr"
+        }
+        aligned = {
+            (at,): [["tt.divisibility", 16]] for at, key in enumerate(signature) if "ptr" in key
+        }
+        compiled = triton.compile(
+            ASTSource(getattr(module, name), signature, sizes, aligned),
+            target=GPUTarget("cuda", capability, 32),
+        )
+        made.append(compiled.asm["ptx"])
+    return "\n".join(made)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import re
 import pytest
 import sympy
 import torch
-from fake_gpu import captured, generated
+from fake_gpu import captured, generated, ptx
 from kernel_cases import LLAMA, SPECS
 
 from fxpass import lowering, ops
@@ -15,7 +15,7 @@ from fxpass.kernels import gpu_rows
 from fxpass.kernels.contract import Inline
 from fxpass.spec import NormSpec
 
-BF16 = torch.bfloat16
+BF16, F32 = torch.bfloat16, torch.float32
 RESIDUAL = SPECS["residual"]
 
 
@@ -31,6 +31,11 @@ def _norm(kernel: str, spec: str, x, residual=None, weight=None, eps=1e-6):
 
 def _text(function, *inputs) -> str:
     return generated(*captured(function, [(shape, BF16) for shape in inputs]))
+
+
+def _fused(spec: str, x, residual=None, weight=None, bias=None):
+    op = ops.op_for(NormSpec.parse(spec).outputs)
+    return op(x, residual, weight, bias, None, 1e-6, "inductor.fused", spec)
 
 
 def _launches(text: str) -> list[str]:
@@ -131,9 +136,9 @@ def test_a_sixteen_bit_value_is_rounded_before_it_stays_in_registers() -> None:
 @pytest.mark.parametrize(
     ("name", "hidden", "wanted"),
     [
-        ("llama", 128, []),
-        ("llama", 96, ["mul.rn.f32"]),  # the mean, which eps is added to
-        ("bias", 128, ["div.rn.f32", "mul.rn.f32"]),
+        ("deepseek_v4", 128, ["mul.rn.f32"]),  # the result, which anything may be added to
+        ("l2", 128, ["div.rn.f32", "sqrt.rn.f32"]),
+        ("bias", 128, ["mul.rn.f32"]),
         ("x_over_sqrt", 128, ["div.rn.f32", "mul.rn.f32", "sqrt.rn.f32"]),
     ],
 )
@@ -150,3 +155,62 @@ def test_only_what_triton_would_approximate_or_contract_is_written_in_assembler(
     inputs = [((64, hidden), spec.x), ((hidden,), spec.weight), ((hidden,), spec.bias or BF16)]
     text = generated(*captured(function, inputs))
     assert sorted(set(re.findall(r"(\w+\.rn\.f32)", text))) == wanted
+
+
+def _of_spec(text: str):
+    """A norm of inputs, and these."""
+    spec = NormSpec.parse(text)
+    roles = [role for role in ("residual", "weight", "bias") if getattr(spec, role) is not None]
+
+    def function(x, *rest):
+        return _fused(text, x, **dict(zip(roles, rest, strict=True)))
+
+    shapes = {"residual": (64, 96), "weight": (96,), "bias": (96,)}
+    given = [((64, 96), spec.x), *((shapes[role], getattr(spec, role)) for role in roles)]
+    return function, given
+
+
+BIASED_16BIT = SPECS["each_step"].replace("mul_weight:bf16", "mul_weight:bf16,add_bias:bf16")
+X, W, X32, W32 = ((64, 96), BF16), ((96,), BF16), ((64, 96), F32), ((96,), F32)
+SUMS = {
+    "result": (lambda x, w, y: _fused(LLAMA, x, None, w) + y, (X, W, X)),
+    "result_f32": (lambda x, w, y: _fused(SPECS["llama_f32"], x, None, w) + y, (X32, W32, X32)),
+    "bias": (lambda x, w, b: _fused(f"{BIASED_16BIT} bias=bf16", x, None, w, b), (X, W, W)),
+    "bias_computed": (
+        lambda x, w, b, c: _fused(f"{BIASED_16BIT} bias=bf16", x, None, w, b * c),
+        (X, W, W, W),
+    ),
+    "residual": (lambda x, a, b, w: _fused(RESIDUAL, x, a * b, w), (X, X, X, W)),
+    "residual_f32": (
+        lambda x, a, b, w: _fused(SPECS["residual_f32_sum"], x, a * b, w),
+        (X, X32, X32, W32),
+    ),
+    "offset": (lambda x, a, b: _fused(SPECS["gemma"], x, None, a * b), (X, W, W)),
+    "offset_16bit": (lambda x, a, b: _fused(SPECS["offset_16bit"], x, None, a * b), (X, W, W)),
+    **{f"spec_{name}": _of_spec(spec) for name, spec in SPECS.items() if name != "mixed_16bit"},
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", SUMS)
+def test_no_product_joins_an_addition(name: str, capability: int, tmp_path) -> None:
+    function, given = SUMS[name]
+    text = generated(*captured(function, given))
+    from test_triton import contractions  # skips where there is no Triton
+
+    found = contractions(ptx(text, tmp_path, capability))
+    # An addition that says how it rounds is not contracted.
+    assert [line for line in found if not line.startswith("add.rn.f32 ")] == []
+
+
+def test_a_root_of_a_subnormal_is_not_flushed(tmp_path) -> None:
+    text = ptx(generated(*captured(*_of_spec(LLAMA))), tmp_path, 90)
+    assert "rsqrt.approx.f32" in text
+    assert ".ftz" not in text
+
+
+def test_the_length_is_divided_by_as_eager_does_on_a_gpu() -> None:
+    spec = SPECS["bias"]
+    text = generated(*captured(*_of_spec(spec)))
+    assert "div_n" in spec
+    assert "div.rn" not in text
