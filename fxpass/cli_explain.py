@@ -6,7 +6,6 @@ import argparse
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
@@ -109,9 +108,9 @@ def text(report: Report, every: bool = False) -> str:
     if groups:
         head = ("norms", "where", "source", "variant", "kernel", "layout", "bytes", "numerics")
         parts.append(tabulate([_row(sites) for sites in groups], headers=head))
-    refusals = Counter(refusal for site in report.rewritten for refusal in site.refusals)
+    refusals = _grouped((said for s in report.rewritten for said in s.refusals), _unnamed)
     if refusals:
-        rows = [(count, *_kernel_and_reason(said)) for said, count in refusals.items()]
+        rows = [(len(alike), *_kernel_and_reason(alike[0])) for alike in refusals]
         parts.append(tabulate(rows, headers=("norms", "refused", "reason")))
     parts += [_miss(misses) for misses in _grouped(report.declined, id if every else _same_miss)]
     return "\n\n".join(parts + report.errors)
@@ -128,8 +127,13 @@ def _kind(site: RewrittenSite) -> Hashable:
     """Sites are alike if they differ in the numbers of their module path only."""
     return (
         *(_pattern(site.module), site.location, site.variant, site.kernel, site.layout_nodes),
-        *(site.refusals, site.numerics, site.spec, site.hidden),
+        *(tuple(map(_unnamed, site.refusals)), site.numerics, site.spec, site.hidden),
     )
+
+
+def _unnamed(reason: str) -> str:
+    """A reason to compare by: without the numbers in names of nodes, where alike norms differ."""
+    return re.sub(r"(?<=[a-z])_\d+\b", "", reason)
 
 
 def _pattern(module: str) -> str:
@@ -154,7 +158,7 @@ def _kernel_and_reason(refusal: str) -> tuple[str, str]:
 
 
 def _same_miss(miss: Decline) -> Hashable:
-    return _pattern(miss.module), miss.location, re.sub(r"%\w+", "%", miss.reason)
+    return _pattern(miss.module), miss.location, _unnamed(miss.reason)
 
 
 def _miss(misses: Sequence[Decline]) -> str:

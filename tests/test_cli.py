@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fxpass import cli
+from fxpass import cli, cli_explain
 from fxpass.cli_baseline import lost, parse
 from fxpass.errors import FxpassError
-from fxpass.options import names
 
 MODELS = str(Path(__file__).parent / "cli_models.py")
 GOOD, MISSPELT = f"{MODELS}:make", f"{MODELS}:make_misspelt"
@@ -79,7 +79,6 @@ def test_alike_norms_share_a_row(run) -> None:
     assert "layers.1" in out
 
 
-@pytest.mark.skipif("platform" not in names(), reason="no such option")
 def test_platform_plans_for_hardware_that_is_not_here(run) -> None:
     code, out, _ = run("explain", GOOD, "--platform", "cuda:sm_90", "--json")
     assert code == 0
@@ -174,3 +173,19 @@ def test_in_a_shell(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "rewrote 4 of 5" in done.stdout
     assert len(done.stderr.splitlines()) == 2
+
+
+def test_alike_refusals_share_a_row(run) -> None:
+    _, out, _ = run("explain", GOOD, "--platform", "cuda:sm_90")
+    (row,) = [line for line in out.splitlines() if "platform cuda, needs cpu" in line]
+    assert row.split()[:2] == ["4", "cpu.row"]
+
+
+def test_reasons_compare_without_node_numbers() -> None:
+    assert cli_explain._unnamed("read by %mul_12 (mul_9, ...)") == "read by %mul (mul, ...)"
+
+
+def test_the_package_does_not_import_the_command_line() -> None:
+    code = "import fxpass, sys; print([n for n in sys.modules if n.startswith('fxpass.')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not re.search(r"fxpass\.(cli|target|diff|doctor|pytest)", done.stdout)
