@@ -188,6 +188,9 @@ class _Plan:
             _POINTERS.pack_into(self._buffer, 0, *pointers)
             self._config.stream = _stream(device)
             status = self._go(config, self._kernel, parameters, None)
+            if status == cuda_driver.INVALID_CONTEXT:
+                cuda_driver.make_current(device)
+                status = self._go(config, self._kernel, parameters, None)
         if status:
             cuda_driver.check(status, "cuLaunchKernelEx")
 

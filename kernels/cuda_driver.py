@@ -1,4 +1,4 @@
-"""The four CUDA driver calls a launch needs, through ctypes.
+"""The CUDA driver calls a launch needs, through ctypes.
 
 Launches go through cuLaunchKernelEx, for its attribute that lets a kernel start while the one
 before it still runs (programmatic dependent launch).
@@ -31,6 +31,7 @@ class Config(ctypes.Structure):
     )
 
 
+INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: a thread that has done nothing on a GPU yet
 _OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
@@ -58,6 +59,17 @@ def launcher() -> Any:
     function = driver().cuLaunchKernelEx
     function.argtypes = [ctypes.c_void_p] * 4
     return function
+
+
+def make_current(device: int) -> None:
+    """Give this thread the device's context, as the first call of CUDA's runtime in it would."""
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    check(driver().cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
+    check(
+        driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle),
+        "cuDevicePrimaryCtxRetain",
+    )
+    check(driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 
 def load(cubin: bytes, name: str) -> ctypes.c_void_p:

@@ -312,6 +312,18 @@ def test_no_rows_no_launch(launches):
     assert not launches
 
 
+def test_a_thread_without_a_context_gets_one(launches, monkeypatch):
+    launch, asked = cuda_driver.launcher(), []
+
+    def without(*arguments):
+        return launch(*arguments) if asked else cuda_driver.INVALID_CONTEXT
+
+    monkeypatch.setattr(cuda_driver, "launcher", lambda: without)
+    monkeypatch.setattr(cuda_driver, "make_current", asked.append)
+    call(inputs(ALL["llama"], 3, 128), ALL["llama"])
+    assert (asked, len(launches)) == ([0], 1)
+
+
 def _aligned(given: Inputs, name: str, offset: int) -> Inputs:
     """`given` with one tensor `offset` elements behind a multiple of 64 bytes."""
     old = getattr(given, name)

@@ -351,6 +351,18 @@ def test_a_launch_waits_for_what_it_reads(kernel: Kernel, rows: int) -> None:
 
 
 @each_kernel
+def test_a_thread_that_has_done_nothing_on_the_gpu(kernel: Kernel) -> None:
+    norm = made(kernel)
+    x = torch.randn(4, 4096, device="cuda").bfloat16()
+    wanted = norm(x, x[0])
+    found: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(norm(x, x[0])))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], wanted)
+
+
+@each_kernel
 def test_many_threads(kernel: Kernel) -> None:
     norm = made(kernel)
     weight = torch.randn(4096, device="cuda").bfloat16()
