@@ -62,6 +62,7 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
             f"#define FX_ROWS {schedule.rows}",
             f"#define FX_EAGER {int(schedule.eager)}",
             f"#define FX_KEPT_BYTES {_KEPT_BYTES}",
+            header("cuda_pairs.h"),
             header("cuda_row.h"),
             *c_struct.struct(spec, _QUALIFIERS, _WORDS, flags, more),
             f'extern "C" __global__ void __launch_bounds__({schedule.threads * schedule.rows})',
