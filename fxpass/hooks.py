@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpass import lowering, pipeline, torch_private
+from fxpass import artifacts, lowering, pipeline, torch_private
 from fxpass.errors import OptionsError
 from fxpass.kernels import kernels
 from fxpass.ledger import LEDGER
@@ -70,7 +70,9 @@ def _make_pass_class() -> type:
 
         def __call__(self, graph: fx.Graph) -> None:
             with torch_private.inside_inductor():
-                found = pipeline.run(graph, self.options)
+                found = artifacts.recorded(
+                    graph, lambda: pipeline.run(graph, self.options), self.options.strict
+                )
             self.report.add(found)
             LEDGER.add(found)
 

@@ -189,6 +189,34 @@ def inductor_cache_dir() -> str:
     return str(cache_dir())
 
 
+def is_tracing() -> bool:
+    """Whether a structured trace is being written (TORCH_TRACE)."""
+    from torch._logging._internal import trace_log
+
+    # Without TORCH_TRACE the handler takes itself out when Dynamo logs its first line.
+    return bool(trace_log.handlers)
+
+
+def trace_artifact(name: str, encoding: str, text: str) -> None:
+    """Put a text into the structured trace; tlparse shows it under the compile at hand."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": encoding},
+        payload_fn=lambda: text,
+        expect_trace_id=False,
+    )
+
+
+def debug_folder() -> str | None:
+    """Where Inductor writes about the graph at hand (TORCH_COMPILE_DEBUG), if it does."""
+    from torch._inductor.virtualized import V
+
+    path = getattr(V.debug, "_path", None)
+    return None if path is None else str(path)
+
+
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
     """Tensors made meanwhile have shapes but no memory.

@@ -32,7 +32,7 @@ MODULES = """
     platforms fusable layout copies select plan ops
     fused lowering
     verify rewrite sampling html_table report tables remembered modules printing
-    pipeline capture ledger hooks backend
+    pipeline capture ledger artifacts hooks backend
     fxpass
     pytest_plugin
     target_errors target_text target_dump target_hf target
