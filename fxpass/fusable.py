@@ -109,7 +109,12 @@ def _is_fused(node: fx.Node) -> bool:
     target: Any = node.target
     if not hasattr(target, "overloadpacket"):
         return False
-    return torch.Tag.pointwise in target.tags or _name(node) in _FUSED
+    if torch.Tag.pointwise not in target.tags and _name(node) not in _FUSED:
+        return False
+    made = facts.of(node)
+    read = [found for found in map(facts.of, node.all_input_nodes) if found is not None]
+    # A copy between devices is a launch of its own; a 0-d CPU tensor is a scalar to a GPU kernel.
+    return made is not None and all(f.device == made.device or not f.shape for f in read)
 
 
 def _name(node: fx.Node) -> str:

@@ -215,6 +215,10 @@ def _made(x, w, z):
     return llama(x * torch.nn.functional.silu(z), w) @ x.t()
 
 
+def _copied(x, w):
+    return llama(x, w).cpu()
+
+
 ROWS, WEIGHT, SQUARE = (24, 64), (64,), (64, 64)
 WHERE = {
     "matmul": (_matmul, (ROWS, WEIGHT, SQUARE), ["cuda.row"]),
@@ -224,6 +228,7 @@ WHERE = {
     "mixed": (_one_is_a_matmul, (ROWS, WEIGHT, ROWS, SQUARE), ["cuda.row"]),
     "returned": (_returned, (ROWS, WEIGHT), ["cuda.row"]),
     "next norm": (_next_norm, (ROWS, WEIGHT, ROWS), ["cuda.row", "cuda.row"]),
+    "copied to the CPU": (_copied, (ROWS, WEIGHT), ["cuda.row"]),
     "x made for it": (_made, (ROWS, WEIGHT, ROWS), ["inductor.fused"]),
 }
 
