@@ -36,7 +36,7 @@ def lower_with(
     instead of the dispatcher. A dispatcher call of a Python op costs 12 to 32 us on the host;
     looking the kernel up by a constant and calling it costs under 0.1. The generated module already
     imports `extern_kernels`, so the table is put there; `calls["kernel spec"]` takes (x, residual,
-    weight, bias, eps). An op whose eps is a tensor, and generated C++, keep the dispatcher.
+    weight, bias, eps). Generated C++ keeps the dispatcher.
     `trusted` kernels are not checked for the strides of what they return.
     """
     from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
@@ -56,10 +56,10 @@ def lower_with(
             return made
         outputs = fallback(*args, **kwargs)
         eps_tensor, kernel, spec = args[4], args[6], args[7]
-        if eps_tensor is None and not V.graph.cpp_wrapper:
+        if not V.graph.cpp_wrapper:
             several = outputs if isinstance(outputs, (tuple, list)) else [outputs]
             name = f"extern_kernels.fxpass[{f'{kernel} {spec}'!r}]"
-            _shorten(_fallback_kernel(several[0]), name)
+            _shorten(_fallback_kernel(several[0]), name, eps_tensor is not None)
             if trusted(kernel):
                 for output in several:
                     _drop_assert(output)
@@ -68,15 +68,18 @@ def lower_with(
     register_lowering(op, type_promotion_kind=None)(lowering)
 
 
-def _shorten(node: Any, name: str) -> None:
-    """Have a FallbackKernel written as `name(x, residual, weight, bias, eps)`."""
+def _shorten(node: Any, name: str, eps_is_tensor: bool) -> None:
+    """Have a FallbackKernel written as `name(x, residual, weight, bias, eps)`.
+
+    An eps that is a tensor (what dynamic shapes make of a Python float, on the CPU) is read there.
+    """
     if node is None:
         return
     full = node.codegen_args
 
     def five() -> list[str]:
         args = list(full())
-        return [*args[:4], args[5]]
+        return [*args[:4], f"{args[4]}.item()" if eps_is_tensor else args[5]]
 
     node.python_kernel_name = name
     node.codegen_args = five

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases_rounding import unit
 from helpers import tensor, tensors
+from torch._inductor.utils import run_and_get_code
 
 import fxpass
 from fxpass import matching
@@ -336,3 +337,30 @@ def test_numerics_is_refused_where_the_rest_of_the_graph_is_out_of_reach() -> No
         fxpass.RMSNormPass({"numerics": "eager"})
     with pytest.raises(fxpass.OptionsError, match="rewrite"):
         fxpass.rewrite(torch.fx.symbolic_trace(torch.nn.Identity()), numerics="eager")
+
+
+def test_an_eps_that_dynamic_shapes_make_a_tensor_is_read_without_the_dispatcher() -> None:
+    class Norm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.rand(64).bfloat16())
+            self.eps = 1e-5
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = x.float()
+            h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+            return self.weight * h.to(x.dtype)
+
+    model, x = Norm(), torch.randn(5, 64).bfloat16()
+    options = {"strict": True, "expect": 1}
+    with torch.no_grad():
+        compiled = torch.compile(
+            model, dynamic=True, backend=fxpass.rmsnorm_backend, options=options
+        )
+        found, (code,) = run_and_get_code(compiled, x)
+        assert torch.equal(found, model(x))
+        model.eps = 0.5  # a value of the graph, not a constant of the code
+        assert torch.equal(compiled(x), model(x))
+    (call,) = [line for line in code.splitlines() if "cpu.row" in line]
+    assert "extern_kernels.fxpass" in call
+    assert ".item())" in call
