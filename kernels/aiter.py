@@ -1,6 +1,7 @@
 """AMD's aiter kernels, each code path with a contract of its own.
 
     aiter.rms_norm      one HIP kernel: multiplies by the weight in float32, then rounds once
+    aiter.rms_norm_ck   what it was in old versions, which read rows without gaps only
     aiter.rms_norm_t5   the model-sensitive flag: Hugging Face's order, in another kernel
     aiter.rms_norm_add  the same with a residual add that rounds the sum first
 
@@ -48,6 +49,7 @@ _T5 = dataclasses.replace(
     layout=Layout(rows="contiguous", rank=2),
     rounding=(Rounding.CAST_THEN_SCALE,),
 )
+_CK = dataclasses.replace(_PLAIN, layout=Layout(rows="contiguous", rank=2))
 _ADD = dataclasses.replace(_T5, residual=True, outputs=("out", "sum"))
 
 
@@ -68,8 +70,6 @@ def launch(
     if not x.shape[0]:
         return (torch.empty(x.shape, dtype=x.dtype, device=x.device),)
     api = aiter_api.load()
-    if not api.version.row_stride:
-        given["input"] = x.contiguous()
     return (api.plain(*(given[name] for name in api.version.plain)),)
 
 
@@ -109,6 +109,18 @@ def refusal(spec: NormSpec) -> str | None:
     return None if found == wanted else f"element program {found}, needs {wanted}"
 
 
+def _plain_refusal(spec: NormSpec) -> str | None:
+    if not aiter_api.known().row_stride:
+        return "the installed aiter reads no row stride"
+    return refusal(spec)
+
+
+def _ck_refusal(spec: NormSpec) -> str | None:
+    if aiter_api.known().row_stride:
+        return "not in this version of aiter"
+    return refusal(spec)
+
+
 def _t5_refusal(spec: NormSpec) -> str | None:
     if not aiter_api.known().model_sensitive:
         return "the installed aiter has no use_model_sensitive_rmsnorm"
@@ -143,7 +155,11 @@ def prepare(spec: NormSpec, hidden: int | None) -> str | None:
 
 PLAIN = Kernel(
     "aiter.rms_norm", _PLAIN, launch, prepare, unavailable,
-    refuses=refusal, inexact=_plain_truncates,
+    refuses=_plain_refusal, inexact=_plain_truncates,
+)  # fmt: skip
+CK = Kernel(
+    "aiter.rms_norm_ck", _CK, launch, prepare, unavailable,
+    refuses=_ck_refusal, inexact=_truncates,
 )  # fmt: skip
 T5 = Kernel(
     "aiter.rms_norm_t5", _T5, launch, prepare, unavailable,
@@ -153,4 +169,4 @@ ADD = Kernel(
     "aiter.rms_norm_add", _ADD, launch, prepare, unavailable,
     refuses=_add_refusal, inexact=_truncates,
 )  # fmt: skip
-KERNELS = (PLAIN, T5, ADD)
+KERNELS = (PLAIN, CK, T5, ADD)

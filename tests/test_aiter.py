@@ -78,7 +78,7 @@ def test_every_version_gets_its_own_argument_order(form, version, hidden, monkey
         assert "no use_model_sensitive_rmsnorm" in report.declined[0].reason
         return
     (site,) = _sites(function, tensors(*texts))
-    assert site.kernel == kernel
+    assert site.kernel == (kernel if made.order.row_stride else "aiter.rms_norm_ck")
     assert site.numerics == "same roundings, reduction order may differ"
     assert [call.model_sensitive for call in made.calls] == [int(form != "W32")]
 
@@ -231,9 +231,7 @@ def test_order_of_kernels_on_gfx942() -> None:
     """aiter where it is legal and exact, then Triton; the rest is not for that platform."""
     inputs = tensors("f16[6,64]", "f16[64]")
     report = fxpass.explain(nn_norm, *inputs, options=Options(platform="rocm:gfx942"))
-    print(report)
     assert [site.kernel for site in report.rewritten] == ["aiter.rms_norm"]
     names = [kernel.name for kernel in candidates(Options(), "rocm")]
     legal = [name for name in names if "rocm" in by_name(name).contract.platforms]
-    print("rocm:gfx942:", ", ".join(legal))
-    assert legal == ["aiter.rms_norm", "aiter.rms_norm_t5", "aiter.rms_norm_add", "triton.row"]
+    assert legal == [kernel.name for kernel in aiter.KERNELS] + ["triton.row"]

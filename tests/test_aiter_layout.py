@@ -101,3 +101,15 @@ def test_diffusion_norms_over_all_heads_need_no_copy(name: str, standin) -> None
     assert site.bytes_copied == _clones(made) == 0
     assert not changed(level, NAMED)
     assert len(standin.calls) == 1
+
+
+def test_a_version_without_row_strides_gets_a_copy_that_shows(monkeypatch) -> None:
+    made = aiter_standin.install(monkeypatch, "composable kernel only")
+    level = _level(lambda x, w: nn_norm(x[:, :64], w), tensors("f16[6,128]", "f16[64]"))
+    graph, report = rewritten(level, NAMED)
+    (site,) = report.rewritten
+    assert site.kernel == "aiter.rms_norm_ck"
+    assert site.bytes_copied == 6 * 64 * 2
+    assert _clones(graph) == 1
+    assert not changed(level, NAMED)
+    assert [call.stride for call in made.calls] == [(64, 1)]

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def _cache(tmp_path_factory):
     triton.knobs.cache.dir = before
 
 
-def compiled(spec: NormSpec, hidden: int, target=H200, rows: int | None = None):
+def compiled(spec: NormSpec, hidden: int, target=H200, rows: int | None = None, **options):
     """The kernel for aligned tensors, with one leading dim and one weight row."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -74,22 +75,33 @@ def compiled(spec: NormSpec, hidden: int, target=H200, rows: int | None = None):
     return triton.compile(
         ASTSource(found.kernel, signature, constants, attributes),
         target=GPUTarget(*target),
-        options={"num_warps": found.num_warps},
+        options={"num_warps": found.num_warps, **options},
     )
 
 
-@pytest.mark.parametrize("target", TARGETS[2:4], ids=lambda target: str(target[1]))
+def assert_machine_code(found, target):
+    """For AMD GPUs a code object of the right architecture; ptxas for NVIDIA ones is not asked."""
+    backend, arch, wave = target
+    if backend == "hip":
+        assert found.asm["hsaco"].startswith(b"\x7fELF")
+        assert f'"amdgcn-amd-amdhsa--{arch}"' in found.asm["amdgcn"]
+        assert f".wavefront_size: {wave}" in found.asm["amdgcn"]
+    else:
+        assert found.asm["ptx"]
+
+
+@pytest.mark.parametrize("target", TARGETS[2:], ids=lambda target: str(target[1]))
 def test_every_spec_compiles(target):
     """For older NVIDIA GPUs, test_no_rounding_is_contracted_away."""
     for text in ALL.values():
-        compiled(NormSpec.parse(text), 1000, target)
+        assert_machine_code(compiled(NormSpec.parse(text), 1000, target), target)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
 def test_every_schedule_compiles(target):
     for hidden in (1, 24, 256, 512, 1024, 5120, 8192, 12_288, 65_536):
         for rows in (None, 1) if target == H200 else (None,):
-            compiled(NormSpec.parse(LLAMA), hidden, target, rows)
+            assert_machine_code(compiled(NormSpec.parse(LLAMA), hidden, target, rows), target)
 
 
 @pytest.mark.parametrize("hidden", [64, 256, 512, 2048, 2880, 4096, 5120, 8192, 16_384])
@@ -164,12 +176,38 @@ def test_no_rounding_is_contracted_away(name, capability):
     assert contractions(ptx) == []
 
 
-def test_contraction_is_noticed(monkeypatch):
+AMD = TARGETS[3:]
+
+
+def amd_instructions(name, target, **options):
+    text = compiled(NormSpec.parse(ALL[name]), 128, target, **options).asm["amdgcn"]
+    return Counter(re.findall(r"^\s+([vsdb]\w*_\w+)", text, re.MULTILINE))
+
+
+def contracted_on_amd(name, target):
+    """What changes if the compiler may not contract: nothing, where nothing is contracted."""
+    strict = amd_instructions(name, target, enable_fp_fusion=False)
+    return amd_instructions(name, target) - strict
+
+
+@pytest.mark.parametrize("target", AMD, ids=lambda target: target[1])
+def test_no_rounding_is_contracted_away_on_amd(target):
+    assert {name: found for name in ALL if (found := contracted_on_amd(name, target))} == {}
+
+
+@pytest.fixture
+def unguarded(monkeypatch):
+    """Products that a compiler may contract."""
     monkeypatch.setattr(triton_words, "_PRODUCTS", ())
     triton_row._kernel.cache_clear()
-    ptx = compiled(NormSpec.parse(SPECS["bias"]), 128).asm["ptx"]
+    yield
     triton_row._kernel.cache_clear()
-    assert contractions(ptx)
+
+
+@pytest.mark.usefixtures("unguarded")
+def test_contraction_is_noticed():
+    assert contractions(compiled(NormSpec.parse(SPECS["bias"]), 128).asm["ptx"])
+    assert contracted_on_amd("bias", AMD[0])
 
 
 # ---- Calls ---------------------------------------------------------------------------------------
