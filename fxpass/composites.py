@@ -18,18 +18,22 @@ from fxpass.terms import Term, TermTable, exact
 aten = torch.ops.aten
 
 
+_ANY_NORM = (torch.linalg.norm, aten.linalg_norm.default)
+"""Of a vector or of a matrix, as the arguments say."""
+
+
 @spelled(
     aten.linalg_vector_norm.default, torch.linalg.vector_norm, torch.linalg.norm, torch.norm,
-    "norm", aten.norm.ScalarOpt_dim,
+    aten.linalg_norm.default, "norm", aten.norm.ScalarOpt_dim,
 )  # fmt: skip
 def _vector_norm(call: Call) -> Term | None:
     """sqrt(sum(x*x)), added up in float32 and rounded once."""
     source = call.term(0, "input", "self", "x", "A")
-    order = call.raw(1, "ord", "p", default=None if call.node.target is torch.linalg.norm else 2)
+    order = call.raw(1, "ord", "p", default=None if call.node.target in _ANY_NORM else 2)
     if source is None or source.shape is None or order not in (2, 2.0, "fro", None):
         return None
     dims = reduced_dims(call.raw(2, "dim"), len(source.shape))
-    if dims is None or (call.node.target is torch.linalg.norm and not _is_vector_norm(order, dims)):
+    if dims is None or (call.node.target in _ANY_NORM and not _is_vector_norm(order, dims)):
         return None
     return _norm_terms(call.table, exact(source), dims, call.result.shape, call.result.dtype)
 

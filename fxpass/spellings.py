@@ -74,7 +74,7 @@ def _view(call: Call) -> Term | None:
     return call.make("view", source)
 
 
-@spelled(aten.expand.default, "expand", "expand_as")
+@spelled(aten.expand.default, aten.expand_as.default, "expand", "expand_as")
 def _expand(call: Call) -> Term | None:
     return call.make("expand", call.term(0, "self"))
 

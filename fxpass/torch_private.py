@@ -152,6 +152,31 @@ def through_post_grad(
     return compiled
 
 
+def visit_at_each_hook(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    visit: Callable[[str, fx.Graph], None],
+) -> None:
+    """Call `visit` on a call's graphs as Dynamo's backends, joint and post-grad hooks get them."""
+    from torch._inductor.compile_fx import compile_fx as inductor_compile
+
+    def inner(graph_module: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
+        with inside_inductor():
+            visit("post-grad", graph_module.graph)
+        return graph_module
+
+    def joint(graph: fx.Graph) -> None:
+        with inside_inductor():
+            visit("joint", graph)
+
+    def backend(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        visit("dynamo", graph_module.graph)
+        patches = {"force_disable_caches": True, "joint_custom_pre_pass": joint}
+        return inductor_compile(graph_module, inputs, inner_compile=inner, config_patches=patches)
+
+    torch.compile(_fresh(function), backend=backend, dynamic=False)(*args)
+
+
 def _fresh(model: Callable[..., Any]) -> Callable[..., Any]:
     """The model behind a function of its own.
 

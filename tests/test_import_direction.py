@@ -37,7 +37,8 @@ MODULES = """
     pytest_plugin
     target_errors target_text target_dump target_hf target
     diff diff_text diff_svg diff_html doctor
-    cli_common cli_baseline cli_explain cli_diff cli_bisect cli_machine
+    corpus_rows corpus
+    cli_common cli_baseline cli_explain cli_diff cli_bisect cli_machine cli_corpus
     cli __main__
 """.split()
 
