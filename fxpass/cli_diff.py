@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 
-from fxpass import diff_text
+from fxpass import diff_text, numerics
 from fxpass.cli_common import (
     OK,
     Commands,
@@ -23,7 +24,8 @@ from fxpass.diff_html import page
 _EXAMPLE = """\
   fxpass diff hf:llama
   fxpass diff model.py:make --graph | less -R
-  fxpass diff model.py:make --html diff.html --json diff.json"""
+  fxpass diff model.py:make --html diff.html --json diff.json
+  fxpass diff model.py:make --numerics"""
 
 
 def add(commands: Commands) -> None:
@@ -33,6 +35,9 @@ def add(commands: Commands) -> None:
     add_target(parser)
     parser.add_argument("--all", action="store_true", help="every site, alike or not")
     parser.add_argument("--graph", action="store_true", help="the whole graphs as well")
+    parser.add_argument(
+        "--numerics", action="store_true", help="run both, per norm and as a whole, and compare"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the diff as JSON")
     parser.add_argument("--html", metavar="FILE", help="write one self-contained web page")
     parser.add_argument(
@@ -43,14 +48,22 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the diff, and write the files that were asked for."""
     options = options_of(args)
-    target = target_of(args)
+    target = target_of(args, runs=args.numerics)
     with planning():
         diff = of_graphs(target.name, target.graphs(), options)
+    data = diff.to_dict()
+    numbers = None
+    if args.numerics:
+        with contextlib.redirect_stdout(sys.stderr):  # the model may print
+            numbers = numerics.measure(target, options)
+        data["numerics"] = numbers.to_dict()
     if args.json:
-        write(args.json, json.dumps(diff.to_dict(), indent=1))
+        write(args.json, json.dumps(data, indent=1))
     if args.html:
         write(args.html, page(diff))
     print(diff_text.text(diff, args.all, args.graph, _colour(args.color)))
+    if numbers:
+        print(f"\n{numerics.text(numbers)}")
     return OK
 
 

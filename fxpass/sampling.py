@@ -43,7 +43,7 @@ def difference(plan: Plan) -> str | None:
     env = {node: _sample(node, generator) for node in site.inputs}
     _run_nodes(site.interior, env, generator)
     assert plan.choice.kernel is not None
-    new = _run_kernel(plan, env)
+    new = run_kernel(plan, env)
     old = {"out": site.out_nodes, "sum": site.sum_nodes, "row": site.row_nodes}
     for name, result in new.items():
         expected = env[old[name][0]]
@@ -53,7 +53,8 @@ def difference(plan: Plan) -> str | None:
     return None
 
 
-def _run_kernel(plan: Plan, env: dict[fx.Node, Any]) -> dict[str, torch.Tensor]:
+def run_kernel(plan: Plan, env: dict[fx.Node, Any]) -> dict[str, torch.Tensor]:
+    """A plan's kernel on values of the site's inputs: its results by name."""
     site, choice = plan.site, plan.choice
     assert choice.kernel is not None
     rank = choice.kernel.contract.layout.rank

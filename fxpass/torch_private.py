@@ -109,6 +109,13 @@ def compile_fx(
     return cast("Callable[..., Any]", compiled)
 
 
+def leaves(value: Any) -> list[Any]:
+    """What a nested result holds."""
+    from torch.utils import _pytree
+
+    return list(_pytree.tree_leaves(value))
+
+
 def mode_patches(mode: str | None) -> dict[str, Any]:
     """The Inductor config patches behind torch.compile's `mode`."""
     if mode is None:
@@ -129,16 +136,18 @@ def visit_post_grad_graphs(
 
 
 def through_post_grad(
-    model: Callable[..., Any], change: Callable[[fx.Graph], None]
+    model: Callable[..., Any],
+    change: Callable[[fx.Graph], None],
+    run: Callable[[fx.GraphModule], Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
-    """The model as its post-grad graphs, run as they are once `change` has seen each."""
+    """The model as its post-grad graphs, once `change` has seen each; `run` makes what runs one."""
     from torch._inductor.compile_fx import compile_fx as inductor_compile
 
     def inner(graph_module: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
         with inside_inductor():
             change(graph_module.graph)
         graph_module.recompile()
-        return graph_module
+        return run(graph_module) if run else graph_module
 
     def backend(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         return inductor_compile(

@@ -36,7 +36,7 @@ MODULES = """
     fxpass
     pytest_plugin
     target_errors target_text target_dump target_hf target
-    diff diff_text diff_svg diff_html doctor
+    diff diff_text diff_svg diff_html doctor numerics
     corpus_rows corpus
     cli_common cli_baseline cli_explain cli_diff cli_bisect cli_machine cli_corpus
     cli __main__
