@@ -53,6 +53,18 @@ class LayoutPlan:
         )
 
 
+def uncopied(made: LayoutPlan) -> LayoutPlan:
+    """The plan for code that a compiler generates, which reads any strides."""
+
+    def kept(chains: dict[str, tuple[LayoutNode, ...]]) -> dict[str, tuple[LayoutNode, ...]]:
+        return {
+            role: tuple(node for node in chain if node.kind != "contiguous")
+            for role, chain in chains.items()
+        }
+
+    return LayoutPlan(kept(made.before), kept(made.after))
+
+
 class LayoutError(Exception):
     """The kernel's layout cannot be reached."""
 

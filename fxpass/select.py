@@ -13,7 +13,7 @@ from fxpass import copies, facts, fusable, platforms, torch_inductor
 from fxpass.errors import OptionsError
 from fxpass.kernels import Kernel, kernels, measured
 from fxpass.kernels.inductor import KERNEL as FUSED
-from fxpass.layout import LayoutError, LayoutPlan
+from fxpass.layout import LayoutError, LayoutPlan, uncopied
 from fxpass.layout import plan as plan_layout
 from fxpass.options import Options, unknown_name
 from fxpass.platforms import Platform
@@ -118,6 +118,8 @@ def _layout_or_refusal(kernel: Kernel, asked: _Asked) -> LayoutPlan | str:
         layout = plan_layout(site, kernel.contract.layout)
     except LayoutError as error:
         return f"layout: {error}"
+    if kernel is FUSED and is_inside_inductor():
+        return uncopied(layout)
     return _costs_more(kernel, asked, layout) or layout
 
 

@@ -145,6 +145,36 @@ def test_weights_of_several_rows_go_elsewhere(standin) -> None:
         assert "weight has several rows" in report.declined[0].reason
 
 
+def test_a_weight_cast_by_the_model_stays_cast(standin) -> None:
+    level = _level(lambda x, w: nn_norm(x, w.half()), tensors("f16[6,64]", "f32[64]"))
+    made, report = rewritten(level, NAMED)
+    assert [site.kernel for site in report.rewritten] == ["aiter.rms_norm"]
+    assert sum("convert_element_type" in str(node.target) for node in made.graph.nodes) == 1
+    assert not changed(level, NAMED)
+    assert len(standin.calls) == 1
+
+
+@pytest.mark.parametrize(("x", "w"), [("f16", "f32"), ("bf16", "f32"), ("bf16", "f16")])
+def test_a_weight_is_never_cast_for_it(x, w) -> None:
+    """No dtype fits into x's 16 bits without a loss."""
+    (x, w) = tensors(f"{x}[6,64]", f"{w}[64]")
+    function = lambda x, w: (unit(x) * w.float()).to(x.dtype)  # noqa: E731
+    _, report = rewritten(_level(function, (x, w)), NAMED)
+    (declined,) = report.declined
+    assert "refused aiter.rms_norm: weight is other, needs same" in declined.reason
+
+
+@pytest.mark.parametrize(
+    ("providers", "kernel"),
+    [("auto", "triton.row"), ("aiter,auto", "aiter.rms_norm"), ("triton", "triton.row")],
+)
+def test_the_environment_turns_it_on_and_off(providers, kernel, monkeypatch) -> None:
+    monkeypatch.setenv("FXPASS_PROVIDERS", providers)
+    level = _level(nn_norm, tensors("bf16[6,64]", "bf16[64]"))
+    _, report = rewritten(level, Options.make(**GFX942))
+    assert [site.kernel for site in report.rewritten] == [kernel]
+
+
 @pytest.mark.parametrize("dims", [(64,), (4, 16)])
 def test_a_weight_over_several_dims_is_one_row(dims, standin) -> None:
     x, w = tensors("f16[3,4,16]" if len(dims) > 1 else "f16[3,64]", f"f16{list(dims)}")
