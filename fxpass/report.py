@@ -68,6 +68,15 @@ class Report:
             counts[site.kernel] = counts.get(site.kernel, 0) + 1
         return counts
 
+    @property
+    def sites(self) -> list[RewrittenSite | Decline]:
+        """Every norm seen: the rewritten ones, then the declined."""
+        return [*self.rewritten, *self.declined]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat record per norm, all with the same keys: `pandas.DataFrame(report.rows())`."""
+        return [_flat(site) for site in self.sites]
+
     def add(self, other: Report) -> None:
         """Take in another report."""
         self.rewritten += other.rewritten
@@ -135,6 +144,15 @@ class Report:
             misses = [(m.node, _short(m.location), m.reason) for m in self.declined]
             parts.append(tabulate(misses, headers=("declined", "source", "reason")))
         return "\n\n".join(parts + self.errors)
+
+
+def _flat(site: RewrittenSite | Decline) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(RewrittenSite)]
+    row: dict[str, Any] = dict.fromkeys(["status", *names, "reason"])
+    row["status"] = "rewritten" if isinstance(site, RewrittenSite) else "declined"
+    for name, value in dataclasses.asdict(site).items():
+        row[name] = "; ".join(value) if isinstance(value, tuple) else value
+    return row
 
 
 def _tuples(site: dict[str, Any]) -> dict[str, Any]:

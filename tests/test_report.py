@@ -72,6 +72,20 @@ def test_json_follows_the_schema(report) -> None:
     assert set(declined) == {"node", "reason", "location", "source", "module"}
 
 
+def test_rows_are_flat_and_alike(report) -> None:
+    assert report.sites == [*report.rewritten, *report.declined]
+    rewritten, declined = report.rows()
+    assert list(rewritten) == list(declined)
+    assert (rewritten["status"], declined["status"]) == ("rewritten", "declined")
+    assert rewritten["kernel"] == "reference.eager"
+    assert rewritten["reason"] is None
+    assert rewritten["layout_nodes"] == ""
+    assert declined["kernel"] is None
+    assert "mean is over dim -3" in declined["reason"]
+    values = [value for row in (rewritten, declined) for value in row.values()]
+    assert all(value is None or isinstance(value, (str, int, float)) for value in values)
+
+
 def test_text_holds_both_tables(report) -> None:
     text = str(report)
     assert "rms_norm.cast_then_scale" in text
