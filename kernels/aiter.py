@@ -64,6 +64,8 @@ def launch(
     """Call aiter. x and residual are 2-D; zero rows never reach it."""
     assert weight is not None
     assert bias is None
+    if torch.version.hip and x.device.type != "cuda":  # a memory fault otherwise
+        raise RuntimeError(f"aiter: x is on the {x.device.type}, needs a GPU")
     given = {"input": x, "weight": weight.reshape(-1), **_scalars(spec, eps)}
     if residual is not None:
         return _with_add(spec, given, residual)

@@ -134,6 +134,17 @@ def test_a_launch_is_the_reference(text: str, standin) -> None:
     assert len(standin.calls) == 2  # zero rows never reach it
 
 
+@pytest.mark.parametrize("text", [SPEC, ADD])
+def test_memory_of_the_host_never_reaches_a_gpu(text: str, standin, monkeypatch) -> None:
+    """Where the platform is asked for by name, tensors may still be on the CPU: a memory fault."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    spec = NormSpec.parse(text)
+    given = tensors("f16[5,64]", "f16[5,64]" if spec.residual else None, "f16[64]", None, 1e-6)
+    with pytest.raises(RuntimeError, match="aiter: x is on the cpu, needs a GPU"):
+        aiter.launch(spec, *given)
+    assert not standin.calls
+
+
 def test_weights_of_several_rows_go_elsewhere(standin) -> None:
     def per_head(x, w):
         return w * unit(x).to(w.dtype)
