@@ -17,6 +17,7 @@ import torch
 from fxpass.kernels import cuda_build, cuda_driver, cuda_source, gpu_rows, steps
 from fxpass.kernels.build_cache import Once
 from fxpass.kernels.cuda_source import Schedule
+from fxpass.kernels.gpu_call import PLANS_MOST, addressed, check
 from fxpass.spec import NormSpec
 
 Tensor = torch.Tensor
@@ -24,8 +25,6 @@ Tensor = torch.Tensor
 _POINTERS = struct.Struct("7Q")  # FxArgs of cuda_row.h: pointers, then the rest
 _REST = struct.Struct("8qfI")
 _WIDE = 16  # bytes of one access
-_ROWS_MOST = 2**31 - 1  # blocks of one launch; the kernel counts rows in 32 bits
-_PLANS_MOST = 4096  # shapes seen; a model with more starts over
 
 
 class RowKernel:
@@ -112,21 +111,14 @@ class RowKernel:
         eps: float,
     ) -> _Plan:
         """Work out the launch for tensors like these, and keep it."""
-        check(self._spec, self._hidden, self._device, x, residual, weight, bias)
-        strides = [x.stride()] if residual is None else [x.stride(), residual.stride()]
-        rows = gpu_rows.address(x.shape, strides)
-        copies = rows is None
-        if rows is None:
-            rows = gpu_rows.address(x.shape, [_dense(x.shape)] * len(strides))
-            assert rows is not None
+        check(self._spec, self._hidden, f"cuda:{self._device}", x, residual, weight, bias)
+        rows, copies = addressed(x, residual)
         itemsizes = [x.itemsize, 0 if residual is None else residual.itemsize]
         strided = [step for pair in zip(rows.outer, rows.step, strict=True) for step in pair]
         strided += [0] * (4 - len(strided))
         misaligned = 0
         for index, step in enumerate(strided):
             misaligned |= step * itemsizes[index // 2]
-        if rows.count > _ROWS_MOST:
-            raise ValueError(f"x has {rows.count} rows, needs at most {_ROWS_MOST}")
         factor_rows = [1 if t is None else t.numel() // self._hidden for t in (weight, bias)]
         arguments = (rows.count, rows.inner, *strided, *factor_rows, steps.single(eps))
         schedule = self._schedule(self._spec, self._hidden, rows.count)
@@ -135,7 +127,7 @@ class RowKernel:
         plan.outputs = _outputs(x.shape)
         if self._capability >= (9, 0):
             plan.overlap()
-        if len(self._plans) >= _PLANS_MOST:
+        if len(self._plans) >= PLANS_MOST:
             self._plans.clear()
         self._plans[key] = plan
         return plan
@@ -195,53 +187,18 @@ class _Plan:
             cuda_driver.check(status, "cuLaunchKernelEx")
 
 
-def check(
-    spec: NormSpec,
-    hidden: int,
-    device: int,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> None:
-    """Raises TypeError or ValueError, in one line, where the kernel would read something else."""
-    given = {"x": x, "residual": residual, "weight": weight, "bias": bias}
-    for name, tensor in given.items():
-        dtype = getattr(spec, name)
-        if tensor is None or dtype is None:
-            if tensor is not dtype:
-                what = "missing" if tensor is None else "given"
-                raise TypeError(f"{name} is {what}, needs {dtype}")
-        elif tensor.dtype != dtype or tensor.get_device() != device or not tensor.is_cuda:
-            raise TypeError(
-                f"{name} is {tensor.dtype} on {tensor.device}, needs {dtype} on cuda:{device}"
-            )
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual's shape {tuple(residual.shape)}, needs x's {tuple(x.shape)}")
-    for name in ("weight", "bias"):
-        tensor = given[name]
-        if tensor is not None and (tensor.numel() == 0 or tensor.numel() % hidden):
-            raise ValueError(
-                f"{name} has {tensor.numel()} elements, needs a multiple of hidden {hidden}"
-            )
-
-
 def _stream(device: int) -> int:
     """The device's current stream, as Inductor gets it (1 us less than in public)."""
     return int(torch._C._cuda_getCurrentRawStream(device))
 
 
-def _dense(shape: Any) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
-
-
 def _outputs(shape: Any) -> tuple[tuple[Any, Any], ...]:
     full, single = tuple(shape), (*shape[:-1], 1)
-    return ((full, _dense(full)), (full, _dense(full)), (single, _dense(single)))
+    return (
+        (full, gpu_rows.dense(full)),
+        (full, gpu_rows.dense(full)),
+        (single, gpu_rows.dense(single)),
+    )
 
 
 def _allocator(device: int) -> Callable[..., Tensor]:

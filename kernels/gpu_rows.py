@@ -74,3 +74,12 @@ def address(
     # One leading dim is the outer one: Triton then drops the division by an inner of 1.
     outer, inner = [*merged, zeros, zeros][:2]
     return Rows(outer[0] * inner[0], inner[0], tuple(outer[1:]), tuple(inner[1:]))
+
+
+def dense(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fxpass.kernels import gpu_rows, triton_source
+from fxpass.kernels import triton_source
+from fxpass.kernels.gpu_call import PLANS_MOST, addressed, check
 from fxpass.spec import NormSpec
 
 Tensor = torch.Tensor
 
 _ALIGNED = 16  # bytes: what Triton compiles pointers for
-_PLANS_MOST = 4096  # shapes seen; a model with more starts over
 
 
 class Compiled(NamedTuple):
@@ -59,14 +59,14 @@ class RowCall:
             x.dtype,
             x.shape,
             x.stride(),
-            None if residual is None else (residual.dtype, residual.stride()),
-            None if weight is None else (weight.dtype, weight.shape),
-            None if bias is None else (bias.dtype, bias.shape),
+            None if residual is None else (*_kind(residual), residual.stride()),
+            None if weight is None else _kind(weight),
+            None if bias is None else _kind(bias),
         )
         plan = self._plans.get(key)
         if plan is None:
             plan = self._planned(x, residual, weight, bias)
-            if len(self._plans) >= _PLANS_MOST:
+            if len(self._plans) >= PLANS_MOST:
                 self._plans.clear()
             self._plans[key] = plan
         if plan.copies:
@@ -88,13 +88,10 @@ class RowCall:
     def _planned(
         self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
     ) -> _Plan:
-        """Work out the launch for tensors like these. Copies what cannot be addressed."""
-        inputs = {"x": x} if residual is None else {"x": x, "residual": residual}
-        rows = gpu_rows.address(x.shape, [t.stride() for t in inputs.values()])
-        copies = rows is None
-        if rows is None:
-            rows = gpu_rows.address(x.shape, [t.contiguous().stride() for t in inputs.values()])
-            assert rows is not None
+        """Check the tensors, and work out the launch for others like them."""
+        check(self._spec, x.shape[-1], str(x.device), x, residual, weight, bias)
+        inputs = ["x"] if residual is None else ["x", "residual"]
+        rows, copies = addressed(x, residual)
         found = {"rows": rows.count, "inner": rows.inner}
         for name, outer, step in zip(inputs, rows.outer, rows.step, strict=True):
             found[f"{name}_outer"], found[f"{name}_step"] = outer, step
@@ -144,6 +141,11 @@ class _Plan:
     def _first(self, tensors: list[Tensor], eps: tuple[float, ...]) -> Any:
         kernel, _, warps = self._chosen
         return kernel[self._grid](*tensors, *self._integers, *eps, num_warps=warps)
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    """All that `check` looks at, so that only a new plan has to be checked."""
+    return tensor.get_device(), tensor.dtype, tensor.shape
 
 
 def _is_reusable(x: Tensor) -> bool:

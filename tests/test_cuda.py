@@ -375,7 +375,7 @@ def test_wrong_tensors_are_named():
 
     def fault(x, residual, weight, bias=None):
         with pytest.raises((TypeError, ValueError)) as error:
-            cuda_call.check(spec, 128, 0, x, residual, weight, bias)
+            cuda_call.check(spec, 128, "cuda:0", x, residual, weight, bias)
         return str(error.value)
 
     assert fault(*tensors) == "x is torch.bfloat16 on cpu, needs torch.bfloat16 on cuda:0"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import LLAMA, SPECS
+from kernel_cases import LLAMA, SPECS, inputs
 from triton_cases import MORE_SPECS
 
 from fxpass.kernels import triton_call, triton_row, triton_source, triton_words
@@ -231,6 +231,7 @@ class Launches:
 def launches(monkeypatch):
     made = Launches()
     monkeypatch.setattr(triton_call, "_is_reusable", lambda x: True)
+    monkeypatch.setattr(triton_call, "check", lambda *_: None)  # any dtype will do
     call = triton_call.RowCall(
         NormSpec.parse(LLAMA), lambda hidden, rows: triton_call.Compiled(made, 2, 4)
     )
@@ -298,3 +299,22 @@ def test_prepare_says_why_not(monkeypatch):
 def test_bits_in_the_interpreter(interpreter):
     printed, _ = interpreter.communicate()
     assert interpreter.returncode == 0, printed
+
+
+def test_wrong_tensors_are_refused_also_where_a_plan_is_kept():
+    """As cuda.row does: a kept plan must not read past a shorter residual."""
+    spec = NormSpec.parse(SPECS["residual"])
+    made = Launches()
+    call = triton_call.RowCall(spec, lambda hidden, rows: triton_call.Compiled(made, 2, 4))
+    given = inputs(spec, 4, 128)
+    call(given.x, given.residual, given.weight, None, 1e-6)
+    for kind, text, tensors in (
+        (ValueError, r"residual's shape \(3, 128\)", (given.x, given.residual[:3], given.weight)),
+        (TypeError, "residual is torch.float32", (given.x, given.residual.float(), given.weight)),
+        (TypeError, "weight is missing", (given.x, given.residual, None)),
+        (TypeError, "weight is torch.float32", (given.x, given.residual, given.weight.float())),
+        (ValueError, "weight has 100 elements", (given.x, given.residual, given.weight[:100])),
+    ):
+        with pytest.raises(kind, match=text):
+            call(*tensors, None, 1e-6)
+    assert len(made.found) == 1
