@@ -7,34 +7,15 @@ from typing import Any
 
 import torch
 
-from fxpass.kernels import c_struct, cuda_build, cuda_driver, cuda_source, gpu_rows
+from fxpass.kernels import cuda_build, cuda_driver, cuda_source, gpu_rows
 from fxpass.kernels.build_cache import BuildError, Once
-from fxpass.kernels.contract import Contract, Hidden, Kernel, Layout, Outputs
+from fxpass.kernels.contract import Kernel, Outputs
 from fxpass.kernels.cuda_call import RowKernel
 from fxpass.kernels.cuda_source import Schedule
-from fxpass.spec import Inverse, NormSpec, Rounding
+from fxpass.kernels.gpu_contract import contract
+from fxpass.spec import NormSpec
 
-CONTRACT = Contract(
-    platforms=("cuda",),
-    x=(torch.bfloat16, torch.float16, torch.float32),
-    weight=("same", "other", "none"),
-    hidden=Hidden(1, 65_536),
-    layout=Layout(rows="any", leading=gpu_rows.LEADING),
-    rounding=tuple(Rounding),
-    inverse=tuple(Inverse),
-    programs="any",
-    accumulate=torch.float32,
-    residual=True,
-    residual_rounded=True,
-    weight_offset=True,
-    weight_rows=True,
-    bias=True,
-    outputs=c_struct.OUTPUTS,
-    mutates=(),
-    deterministic=True,
-    batch_invariant=True,
-    reduction=gpu_rows.REDUCTION,
-)
+CONTRACT = contract("cuda")
 _LEAST_CAPABILITY = (8, 0)  # cvt.rn.bf16.f32
 
 _ALONE = 128

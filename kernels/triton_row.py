@@ -15,31 +15,12 @@ from typing import Any
 import torch
 
 from fxpass.kernels import gpu_rows, steps, triton_source, triton_tiles, triton_words
-from fxpass.kernels.contract import Contract, Hidden, Inline, Kernel, Layout, Outputs
+from fxpass.kernels.contract import Inline, Kernel, Outputs
+from fxpass.kernels.gpu_contract import contract
 from fxpass.kernels.triton_call import Compiled, RowCall
-from fxpass.spec import Inverse, NormSpec, Rounding
+from fxpass.spec import NormSpec
 
-CONTRACT = Contract(
-    platforms=("cuda", "rocm"),
-    x=(torch.bfloat16, torch.float16, torch.float32),
-    weight=("same", "other", "none"),
-    hidden=Hidden(1, 65536),
-    layout=Layout(rows="any", leading=gpu_rows.LEADING),
-    rounding=tuple(Rounding),
-    inverse=tuple(Inverse),
-    programs="any",
-    accumulate=torch.float32,
-    residual=True,
-    residual_rounded=True,
-    weight_offset=True,
-    weight_rows=True,
-    bias=True,
-    outputs=("out", "sum", "row"),
-    mutates=(),
-    deterministic=True,
-    batch_invariant=True,
-    reduction=gpu_rows.REDUCTION,
-)
+CONTRACT = contract("cuda", "rocm")
 
 _SCHEDULES = {
     # lanes: (rows per program, warps) for many rows, and for few

@@ -20,7 +20,7 @@ MODULES = """
     patterns.finish patterns.l2_norm patterns.rms_norm patterns
     meaning elements residual uses sites mutation diagnose matching
     kernels.contract kernels.reference
-    kernels.steps kernels.gpu_rows kernels.gpu_call kernels.inductor
+    kernels.steps kernels.gpu_rows kernels.gpu_contract kernels.gpu_call kernels.inductor
     kernels.build_cache kernels.c_struct
     kernels.cpu_source kernels.cpu_build kernels.cpu_call kernels.cpu
     kernels.cuda_source kernels.cuda_build kernels.cuda_driver kernels.cuda_call kernels.cuda_row
