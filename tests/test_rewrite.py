@@ -285,3 +285,28 @@ def test_a_write_through_a_list_of_tensors_is_seen() -> None:
     report = fxpass.rewrite(level.graph_module, **REFERENCE)
     assert not report.rewritten
     assert "writes in place" in report.declined[0].reason
+
+
+@pytest.mark.parametrize(("order", "dims"), [(2, (-2, -1)), ("nuc", (-2, -1)), (1, -1), (2.5, -1)])
+def test_in_a_graph_of_export_no_other_norm_is_taken_for_the_root_of_a_sum_of_squares(order, dims):
+    class Scaled(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / torch.linalg.norm(x, ord=order, dim=dims, keepdim=True)
+
+    x = torch.randn(3, 4, 8)
+    graph_module = torch.export.export(Scaled(), (x,)).module()
+    wanted = graph_module(x)
+    report = fxpass.rewrite(graph_module, x)
+    assert not report.rewritten
+    assert torch.equal(graph_module(x), wanted)
+
+
+def test_in_a_graph_of_export_a_vector_norm_is_found():
+    class Scaled(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / torch.linalg.norm(x, ord=2, dim=-1, keepdim=True)
+
+    x = torch.randn(3, 4, 8)
+    graph_module = torch.export.export(Scaled(), (x,)).module()
+    assert "linalg_norm" in str(graph_module.graph)
+    assert len(fxpass.rewrite(graph_module, x).rewritten) == 1
