@@ -31,7 +31,7 @@ def _source_hash() -> str:
     digest = hashlib.sha256()
     for package in (fxpass, fxpass.kernels, fxpass.patterns):
         folder = pathlib.Path(str(package.__file__)).parent
-        for path in sorted(p for p in folder.iterdir() if p.suffix in (".py", ".cpp", ".h")):
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".cpp", ".h")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

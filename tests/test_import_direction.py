@@ -29,10 +29,13 @@ MODULES = """
     kernels.aiter_api kernels.aiter
     kernels.measured
     kernels.registry kernels
+    kernels.invariant
     platforms fusable layout copies select plan ops
     fused lowering
     verify rewrite sampling html_table report tables remembered modules printing
-    pipeline capture ledger artifacts hooks backend
+    pipeline capture ledger artifacts
+    invariant
+    hooks backend
     fxpass
     pytest_plugin
     target_errors target_text target_dump target_hf target
@@ -78,12 +81,12 @@ ENVIRONMENT: dict[str, set[str] | None] = {
 
 def _files() -> dict[str, Path]:
     """Module name (without `fxpass.`) -> file."""
-    found = {path.stem: path for path in (ROOT / "fxpass").glob("*.py")}
-    found["fxpass"] = found.pop("__init__")
-    for folder in ("patterns", "kernels"):
-        for path in (ROOT / folder).glob("*.py"):
-            name = folder if path.stem == "__init__" else f"{folder}.{path.stem}"
-            found[name] = path
+    found = {}
+    for folder in ("fxpass", "patterns", "kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            found[".".join(parts[1:] if parts[0] == "fxpass" and parts[1:] else parts)] = path
     return found
 
 

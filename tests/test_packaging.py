@@ -62,9 +62,9 @@ def test_holds_every_source_file(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     inside = {"fxpass": "fxpass", "kernels": "fxpass/kernels", "patterns": "fxpass/patterns"}
     for folder, target in inside.items():
-        for path in (ROOT / folder).iterdir():
+        for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".cpp", ".h"):
-                assert f"{target}/{path.name}" in names
+                assert f"{target}/{path.relative_to(ROOT / folder)}" in names
     assert "fxpass/py.typed" in names
     assert "fxpass/templates/diff.html.jinja" in names
 
