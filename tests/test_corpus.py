@@ -50,6 +50,19 @@ def test_committed_result_is_that_of_this_version(lines) -> None:
     )
 
 
+@pytest.mark.parametrize("version", ["2.11", "2.13", "2.15"])
+def test_committed_results_hold_every_row_and_no_fault(version: str) -> None:
+    found = json.loads((RESULTS / f"corpus_torch{version}.json").read_text())
+    assert found["torch"].startswith(f"{version}.")
+    lines = [
+        corpus.Line(s["name"], s["norms"], {h: corpus.Cell(**c) for h, c in s["cells"].items()})
+        for s in found["spellings"]
+    ]
+    assert [line.name for line in lines] == [n for g in corpus_rows.GROUPS for n in g.rows]
+    assert [fault for line in lines for fault in line.faults] == []
+    assert all(tuple(line.cells) == corpus.HOOKS for line in lines)
+
+
 def _wrong() -> Group:
     return Group(("f32[4,64]",), 1, {"cubes": lambda x: x * torch.rsqrt(x.pow(3).mean(-1, True))})
 
