@@ -29,7 +29,10 @@ MODULES = """
     kernels.aiter_api kernels.aiter
     kernels.measured
     kernels.registry kernels
-    kernels.invariant
+    kernels.invariant kernels.invariant.cpu_library kernels.invariant.mm_plain
+    kernels.invariant.mm_cpu
+    kernels.invariant.chunks kernels.invariant.mm_triton kernels.invariant.mm_schedule
+    kernels.invariant.mm_plan kernels.invariant.mm_gpu
     platforms fusable layout copies select plan ops
     fused lowering
     verify rewrite sampling html_table report tables remembered modules printing
