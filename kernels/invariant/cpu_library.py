@@ -1,0 +1,65 @@
+"""The C++ libraries of the CPU's products and reductions, one per element type."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fxpass.dtypes import short
+from fxpass.kernels import cpu_build, cpu_source
+from fxpass.kernels.build_cache import BuildError, Once
+
+Run = Callable[[bytes], None]
+"""Takes the C struct of a call; its members are all 64 bits wide, so nothing is padded."""
+
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+_PARALLEL = 32_768  # elements or multiply-adds below which one thread is faster
+
+_runs: Once[Run | None] = Once()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which elements of `dtype` are multiplied and added."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def threads(work: int) -> int:
+    """Threads for `work` elements or multiply-adds."""
+    return torch.get_num_threads() if work >= _PARALLEL else 1
+
+
+def library(name: str, headers: Sequence[str], element: torch.dtype) -> Run | None:
+    """The function `fxpass_<name>` built from `headers` for `element`.
+
+    None, after one warning, where it cannot be built.
+    """
+    return _runs.get((name, element), lambda: _built_or_warned(name, headers, element))
+
+
+def _built_or_warned(name: str, headers: Sequence[str], element: torch.dtype) -> Run | None:
+    try:
+        return _built(name, headers, element)
+    except BuildError as error:
+        warnings.warn(
+            f"batch-invariant {name} on the CPU runs through torch, many times slower: {error}",
+            stacklevel=5,
+        )
+        return None
+
+
+def _built(name: str, headers: Sequence[str], element: torch.dtype) -> Run:
+    common, _, _ = cpu_source.header("cpu_row.h").partition("// ---- One row")
+    parts = [
+        cpu_source.header("cpu_args.h"),
+        common,
+        f"#define ELEMENT {short(element)}",
+        *(cpu_source.header(f"invariant/{header}") for header in ("cpu_words.h", *headers)),
+    ]
+    built = cpu_build.load_library(f"{name}-{short(element)}", "\n".join(parts))
+    run = getattr(built, f"fxpass_{name}")
+    run.argtypes, run.restype = [ctypes.c_char_p], None
+    found: Run = run
+    return found

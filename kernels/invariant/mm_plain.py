@@ -1,0 +1,46 @@
+"""The CPU product where no kernel can be built: elementwise torch, correct and slow.
+
+The order is that of mm_cpu.h, with a product and a sum in place of each fused multiply-add, so rows
+are as independent as there but the bits differ.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fxpass.kernels.invariant.cpu_library import wide
+
+_CHUNK = 256  # as in mm_cpu.h
+
+
+def product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    alpha: float,
+    beta: float,
+    skip_zeros: bool,
+) -> torch.Tensor:
+    """As mm_cpu.product, in the dtype that `wide` gives."""
+    dtype = wide(b.dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    k = a.shape[-1]
+    total = _chunk(a[..., :_CHUNK], b[..., :_CHUNK, :], skip_zeros)
+    for start in range(_CHUNK, k, _CHUNK):
+        end = min(start + _CHUNK, k)
+        total += _chunk(a[..., start:end], b[..., start:end, :], skip_zeros)
+    total *= alpha
+    if bias is not None:
+        total += beta * bias
+    return total.masked_fill_(total.isnan(), torch.nan)  # one bit pattern, as in mm_cpu.h
+
+
+def _chunk(a: torch.Tensor, b: torch.Tensor, skip_zeros: bool) -> torch.Tensor:
+    total = torch.full((*a.shape[:-1], b.shape[-1]), -0.0 if skip_zeros else 0.0, dtype=a.dtype)
+    for k in range(a.shape[-1]):
+        factor = a[..., k : k + 1]
+        term = factor * b[..., k : k + 1, :]
+        if skip_zeros:
+            term.masked_fill_(factor == 0, -0.0)
+        total += term
+    return total
