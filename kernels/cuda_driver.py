@@ -86,6 +86,9 @@ def load(cubin: bytes, name: str) -> ctypes.c_void_p:
         driver().cuLibraryGetKernel(ctypes.byref(kernel), library, name.encode()),
         "cuLibraryGetKernel",
     )
+    # Loads the code now: a first launch inside the capture of a CUDA graph would have to, and may
+    # not. Without a current context the first launch does it after all, so no status is looked at.
+    driver().cuKernelGetFunction(ctypes.byref(ctypes.c_void_p()), kernel)
     return kernel
 
 

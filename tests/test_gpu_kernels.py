@@ -408,6 +408,21 @@ def test_cuda_graph_replays_with_new_data(kernel: Kernel, rows: int) -> None:
         assert torch.equal(found, norm(norm(x, weight), weight))
 
 
+@pytest.mark.parametrize("rows", [1, 600, 40_000])
+def test_the_first_launch_may_be_inside_a_capture(rows: int) -> None:
+    """A kernel built while the model compiles, and launched by nobody before the graph is made."""
+    hidden = 2064 + rows % 7 * 8  # of no other test, so nothing of it is loaded yet
+    spec = NormSpec.parse(PLAIN.format("bf16"))
+    x = torch.randn(rows, hidden, device="cuda").bfloat16()
+    assert CUDA.prepare(spec, hidden) is None
+    call, graph = CUDA.entry(spec), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        found = call(x, None, x[0], None, EPS)
+    graph.replay()
+    assert torch.equal(found, call(x, None, x[0], None, EPS))
+
+
 # ---- What `cuda.row` does not take --------------------------------------------------------------
 
 
