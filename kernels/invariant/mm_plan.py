@@ -95,7 +95,8 @@ class _Launched(Plan):
         bias_steps = (0, 0, 0) if bias is None else _three(bias)
         sizes = (problem.m, problem.n, problem.k)
         common = {
-            "CHUNK": problem.chunk,
+            # With one chunk one kernel does for all K.
+            "CHUNK": problem.chunk if problem.chunks > 1 or self._sums else 0,
             "BLOCK_M": schedule.block_m,
             "BLOCK_N": schedule.block_n,
             "BLOCK_K": schedule.block_k,
