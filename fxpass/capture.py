@@ -30,7 +30,8 @@ def explain(
     check_providers(chosen)
     report = Report()
     if isinstance(model, fx.GraphModule) and not args and not kwargs:
-        report.add(pipeline.dry_run(model.graph, chosen))
+        for each in torch_private.graph_and_bodies(model):
+            report.add(pipeline.dry_run(each.graph, chosen))
         return report
 
     def plan(graph: fx.Graph) -> None:
@@ -54,7 +55,7 @@ def graphs(
     found: list[fx.GraphModule] = []
 
     def keep(graph: fx.Graph) -> None:
-        found.append(fx.GraphModule(torch.nn.Module(), graph))
+        found.append(fx.GraphModule(graph.owning_module or torch.nn.Module(), graph))
 
     torch_private.visit_post_grad_graphs(model, args, kwargs, keep)
     return found

@@ -51,6 +51,9 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fake", action="store_true", help="build the model without memory, and without its GPU"
     )
+    parser.add_argument(
+        "--train", action="store_true", help="plan the forward of a training step, with gradients"
+    )
     add_platform(parser)
     parser.add_argument("--providers", help="providers in order of preference, as cpu,reference")
     parser.add_argument("--rounding", choices=ROUNDINGS, help="override the model's rounding order")
@@ -76,6 +79,8 @@ def target_of(args: argparse.Namespace, runs: bool = False) -> Target:
     """The TARGET, with what its code prints kept out of our output. `runs`: it must have memory."""
     if runs and args.fake:
         raise FxpassError(f"{args.command}: runs the model, so --fake cannot be used")
+    if runs and args.train:
+        raise FxpassError(f"{args.command}: runs the model without gradients, so without --train")
     with contextlib.redirect_stdout(sys.stderr):
         return load(args.target, fake=False if runs else (args.fake or None))
 

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     options = options_of(args)
     target = target_of(args, runs=args.numerics)
     with planning():
-        diff = of_graphs(target.name, target.graphs(), options)
+        diff = of_graphs(target.name, target.graphs(args.train), options)
     data = diff.to_dict()
     numbers = None
     if args.numerics:

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the report, then check it."""
     options = options_of(args)
     before = parse(read(args.baseline), args.baseline) if args.baseline else None
-    report = explained(target_of(args), options)
+    report = explained(target_of(args), options, args.train)
     print(report.to_json() if args.json else text(report, every=args.all))
     faults = [*_unmet(report, args.expect)]
     if before is not None:
@@ -78,11 +78,11 @@ def _told(faults: Sequence[str]) -> int:
     return FAILED if faults else OK
 
 
-def explained(target: Target, options: Options) -> Report:
+def explained(target: Target, options: Options, train: bool = False) -> Report:
     """The report over all graphs of a target."""
     report = Report()
     with planning():
-        for graph_module in target.graphs():
+        for graph_module in target.graphs(train):
             report.add(pipeline.dry_run(graph_module.graph, options))
     return report
 

@@ -77,17 +77,18 @@ def _sample(node: fx.Node, generator: torch.Generator) -> torch.Tensor:
     """Normal values in the node's shape; small positive ones for a single element (eps)."""
     found = facts.of(node)
     assert found is not None
-    shape = [_hint(size) for size in found.shape]
+    shape = [hint(size) for size in found.shape]
     if torch.Size(shape).numel() == 1:
         return torch.full(shape, 1e-6, dtype=found.dtype, device=found.device)
     return torch.randn(shape, generator=generator).to(found.device, found.dtype)
 
 
-def _hint(size: facts.Size) -> int:
+def hint(size: facts.Size) -> int:
+    """A size as a number: that of the example it was traced with."""
     if isinstance(size, int):
         return size
-    hint = size.node.hint
-    return _UNKNOWN_SIZE if hint is None else int(hint)
+    known = size.node.hint
+    return _UNKNOWN_SIZE if known is None else int(known)
 
 
 def _run_nodes(
@@ -99,7 +100,7 @@ def _run_nodes(
         if node not in env:
             found = facts.value(node)
             symbolic = isinstance(found, (int, torch.SymInt))
-            env[node] = _hint(found) if symbolic else _sample(node, generator)
+            env[node] = hint(found) if symbolic else _sample(node, generator)
         return env[node]
 
     for node in nodes:

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
 
-from fxpass import capture, target_dump, target_hf, torch_private
+from fxpass import capture, facts, sampling, target_dump, target_hf, torch_private
 from fxpass.target_errors import TargetError, said
 
 FORMS = "module:callable, file.py:callable, hf:TYPE, program.pt2 or a folder of dumped graphs"
@@ -43,16 +43,34 @@ class Target:
     """Whether the tensors have no memory, so that nothing can be run."""
     dumped: tuple[fx.GraphModule, ...] = ()
 
-    def graphs(self) -> list[fx.GraphModule]:
-        """The ATen graphs Inductor would get. Raises TargetError if the model cannot be traced."""
+    def graphs(self, train: bool = False) -> list[fx.GraphModule]:
+        """The ATen graphs Inductor would get. Raises TargetError if the model cannot be traced.
+
+        `train`: those of a training step's forward, which also return what the backward needs.
+        """
         if self.model is None:
-            return list(self.dumped)
+            if train:
+                raise TargetError(
+                    f"TARGET {self.name}: holds graphs as they are; --train needs a model"
+                )
+            return [g for whole in self.dumped for g in torch_private.graph_and_bodies(whole)]
+        if train and not self._requires_grad():
+            raise TargetError(
+                f"TARGET {self.name}: no parameter or input requires a gradient,"
+                " so there is nothing to train"
+            )
         tensors = torch_private.fake_tensors() if self.fake else contextlib.nullcontext()
-        with tensors, torch.no_grad():
+        with tensors, torch.set_grad_enabled(train):
             try:
                 return capture.graphs(self.model, self.args, self.kwargs)
             except Exception as error:
                 raise TargetError(f"TARGET {self.name}: {said(error, 'the model')}") from error
+
+    def _requires_grad(self) -> bool:
+        values = torch_private.leaves((self.args, self.kwargs))
+        if isinstance(self.model, torch.nn.Module):
+            values += self.model.parameters()
+        return any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
 
 
 def load(text: str, fake: bool | None = None) -> Target:
@@ -210,7 +228,34 @@ def _exported(text: str) -> Target:
     except Exception as error:
         hint = "needs a file from torch.export.save (an AOTInductor package has no graph)"
         raise TargetError(f"TARGET {text}: cannot be read; {hint}") from error
-    if program.example_inputs is None:
-        raise TargetError(f"TARGET {text}: has no example inputs; export it with example inputs")
-    args, kwargs = program.example_inputs
-    return Target(text, program.module(), tuple(args), dict(kwargs))
+    try:
+        args, kwargs = program.example_inputs or _made_up(program)
+        return Target(text, program.module(), tuple(args), dict(kwargs))
+    except Exception as error:
+        raise TargetError(f"TARGET {text}: {said(error, 'its program')}") from error
+
+
+def _made_up(program: torch.export.ExportedProgram) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of the shapes that an exported program was saved with."""
+    generator = torch.Generator().manual_seed(0)
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    specs = program.graph_signature.input_specs
+    values = [
+        _made(facts.value(node) if hasattr(spec.arg, "name") else None, spec.arg, generator)
+        for node, spec in zip(placeholders, specs, strict=True)
+        if spec.kind is torch.export.graph_signature.InputKind.USER_INPUT
+    ]
+    args, kwargs = torch_private.unflattened(values, program.call_spec.in_spec)
+    return tuple(args), dict(kwargs)
+
+
+def _made(fake: Any, kind: Any, generator: torch.Generator) -> Any:
+    """A tensor like a fake one: random numbers, or zeros, which are legal as indices."""
+    if isinstance(fake, torch.Tensor):
+        shape = [sampling.hint(size) for size in fake.shape]
+        if not fake.dtype.is_floating_point:
+            return torch.zeros(shape, dtype=fake.dtype, device=fake.device)
+        return torch.randn(shape, generator=generator).to(fake.device, fake.dtype)
+    if isinstance(fake, (int, torch.SymInt)):
+        return sampling.hint(fake)
+    return getattr(kind, "value", fake)

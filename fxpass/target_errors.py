@@ -11,6 +11,7 @@ import torch
 from fxpass.errors import FxpassError
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_PYTHON = os.path.dirname(os.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
 _NO_CUDA = re.compile(
     r"not compiled with CUDA|not linked with support for cuda|No CUDA GPUs|Found no NVIDIA",
@@ -58,4 +59,5 @@ def _place(error: BaseException) -> str:
 
 
 def _is_users(file: str) -> bool:
-    return not file.startswith((_TORCH, _HERE, "<"))
+    in_library = file.startswith(_PYTHON) and "site-packages" not in file
+    return not in_library and not file.startswith((_TORCH, _HERE, "<"))

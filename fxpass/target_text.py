@@ -52,32 +52,39 @@ class Input:
 
 def build(text: str, inputs: Mapping[str, Input]) -> fx.GraphModule:
     """The graph, with fake values. Raises ValueError, in words, for what it cannot read."""
-    start = text.find("def forward(")
-    if start < 0:
+    start = re.search(r"^ *class ", text, re.MULTILINE)
+    if not start:
         raise ValueError("no forward function in it")
-    indent = text[:start].rpartition("\n")[2]
-    after = re.search(rf"\n {{0,{len(indent)}}}(?=[^\s)])", text[start:])  # a subgraph's class
-    body = textwrap.dedent(indent + (text[start:][: after.start()] if after else text[start:]))
-    (function,) = ast.parse(body).body
-    assert isinstance(function, ast.FunctionDef)
-    return _Reader(body.splitlines(), function, inputs).read()
+    body = textwrap.dedent(text[start.start() :].replace("class <lambda>(", "class whole("))
+    found = [part for part in ast.parse(body).body if isinstance(part, ast.ClassDef)]
+    mode, symbols = torch_private.fakes_with_symbols(_hints(found[0], inputs))
+    return _Reader(found[0], inputs, _Around(_stacks(body.splitlines()), mode, symbols)).read()
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What a graph and its bodies share."""
+
+    stacks: dict[int, str]
+    mode: Any
+    symbols: dict[str, Any]
 
 
 class _Reader:
-    """One function being turned into a graph."""
+    """One class being turned into a graph module; the classes in it are its bodies."""
 
-    def __init__(
-        self, lines: list[str], function: ast.FunctionDef, inputs: Mapping[str, Input]
-    ) -> None:
-        self._function = function
+    def __init__(self, written: ast.ClassDef, inputs: Mapping[str, Input], around: _Around) -> None:
+        self._function = _forward(written)
         self._inputs = inputs
-        self._stacks = _stacks(lines)
+        self._around = around
+        self._stacks, self._mode, self._symbols = around.stacks, around.mode, around.symbols
+        self._written = {c.name: c for c in written.body if isinstance(c, ast.ClassDef)}
+        self._bodies: dict[str, fx.GraphModule] = {}
         self._graph = fx.Graph()
         self._values: dict[str, Any] = {"inf": float("inf"), "nan": float("nan"), "None": None}
         self._constants: dict[str, torch.Tensor] = {}
         self._name: str | None = None
         """What the statement being read calls its value; its node gets the same name."""
-        self._mode, self._symbols = torch_private.fakes_with_symbols(self._hints())
 
     def read(self) -> fx.GraphModule:
         """The graph module, every node with its fake value and its source."""
@@ -87,20 +94,11 @@ class _Reader:
         root = torch.nn.Module()
         for name, value in self._constants.items():
             root.register_buffer(name, value)
+        for name, body in self._bodies.items():
+            root.add_module(name, body)
         made = fx.GraphModule(root, self._graph)
         torch_private.propagate_in(made, self._mode, fakes)
         return made
-
-    def _hints(self) -> dict[str, int]:
-        """A value for each symbol that the inputs mention."""
-        notes = [_note(arg.annotation) for arg in self._function.args.args]
-        names = dict.fromkeys(name for note in notes for name in _SYMBOL.findall(note))
-        hints = {name: _FIRST_HINT + 3 * index for index, name in enumerate(names)}
-        for arg, note in zip(self._function.args.args, notes, strict=True):
-            known = self._inputs.get(arg.arg)
-            if known and known.hint is not None and note == f"Sym({_bare(note)})":
-                hints[_bare(note)] = known.hint
-        return hints
 
     def _placeholder(self, arg: ast.arg) -> Any:
         node = self._graph.placeholder(arg.arg)
@@ -149,10 +147,14 @@ class _Reader:
     def _assigned(self, value: ast.expr, note: str) -> Any:
         if isinstance(value, ast.Attribute) and ast.unparse(value).startswith("self."):
             name = value.attr
-            if not _TENSOR.match(note):
-                raise ValueError(f"reads self.{name}, a graph inside the graph")
-            self._constants[name] = self._fake(note, Input())
-            return self._graph.get_attr(name)
+            if name in self._written:
+                if name not in self._bodies:
+                    self._bodies[name] = _Reader(self._written[name], {}, self._around).read()
+            elif _TENSOR.match(note):
+                self._constants[name] = self._fake(note, Input())
+            else:
+                raise ValueError(f"reads self.{name}, a graph that the text does not have")
+            return self._graph.create_node("get_attr", name, name=self._name)
         return self._evaluate(value)
 
     def _evaluate(self, found: ast.expr, names: Mapping[str, Any] | None = None) -> Any:
@@ -199,6 +201,30 @@ class _Reader:
 
     def _node(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         return self._graph.create_node("call_function", target, args, kwargs, name=self._name)
+
+
+def _forward(written: ast.ClassDef) -> ast.FunctionDef:
+    for part in written.body:
+        if isinstance(part, ast.FunctionDef) and part.name == "forward":
+            return part
+    raise ValueError("no forward function in it")
+
+
+def _hints(whole: ast.ClassDef, inputs: Mapping[str, Input]) -> dict[str, int]:
+    """A value for each symbol that the inputs of a graph or of its bodies mention."""
+    args = [
+        arg
+        for node in ast.walk(whole)
+        if isinstance(node, ast.FunctionDef)
+        for arg in node.args.args
+    ]
+    names = dict.fromkeys(n for arg in args for n in _SYMBOL.findall(_note(arg.annotation)))
+    hints = {name: _FIRST_HINT + 3 * index for index, name in enumerate(names)}
+    for arg in _forward(whole).args.args:
+        note, known = _note(arg.annotation), inputs.get(arg.arg)
+        if known and known.hint is not None and note == f"Sym({_bare(note)})":
+            hints[_bare(note)] = known.hint
+    return hints
 
 
 def _of_torch(name: str) -> Any:

@@ -116,6 +116,13 @@ def leaves(value: Any) -> list[Any]:
     return list(_pytree.tree_leaves(value))
 
 
+def unflattened(values: Sequence[Any], spec: Any) -> Any:
+    """The nested value that `leaves` took apart, from its spec."""
+    from torch.utils import _pytree
+
+    return _pytree.tree_unflatten(list(values), spec)
+
+
 def mode_patches(mode: str | None) -> dict[str, Any]:
     """The Inductor config patches behind torch.compile's `mode`."""
     if mode is None:
@@ -140,13 +147,17 @@ def through_post_grad(
     change: Callable[[fx.Graph], None],
     run: Callable[[fx.GraphModule], Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
-    """The model as its post-grad graphs, once `change` has seen each; `run` makes what runs one."""
+    """The model as its post-grad graphs, once `change` has seen each; `run` makes what runs one.
+
+    The bodies of cond and the like are graphs of their own, as Inductor's hook sees them.
+    """
     from torch._inductor.compile_fx import compile_fx as inductor_compile
 
     def inner(graph_module: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Any:
-        with inside_inductor():
-            change(graph_module.graph)
-        graph_module.recompile()
+        for each in graph_and_bodies(graph_module):
+            with inside_inductor():
+                change(each.graph)
+            each.recompile()
         return run(graph_module) if run else graph_module
 
     def backend(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -159,6 +170,11 @@ def through_post_grad(
 
     compiled: Callable[..., Any] = torch.compile(_fresh(model), backend=backend)
     return compiled
+
+
+def graph_and_bodies(graph_module: fx.GraphModule) -> list[fx.GraphModule]:
+    """A graph module, then those inside it: bodies of cond, checkpoint and the like."""
+    return [inner for inner in graph_module.modules() if isinstance(inner, fx.GraphModule)]
 
 
 def visit_at_each_hook(

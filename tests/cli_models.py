@@ -39,6 +39,14 @@ class Misspelt(Model):
         return y + norm(x, self.norm.weight, dim=1)
 
 
+class Branch(Model):
+    """One norm outside, one in a branch of torch.cond."""
+
+    def forward(self, x):
+        y = norm(x, self.norm.weight)
+        return torch.cond(y.sum() > 0, lambda a: norm(a, self.norm.weight), torch.abs, (y,))
+
+
 def _inputs():
     return (torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0)).bfloat16(),)
 
@@ -51,6 +59,11 @@ def make():
 def make_misspelt():
     torch.manual_seed(0)
     return Misspelt().eval(), _inputs()
+
+
+def make_branch():
+    torch.manual_seed(0)
+    return Branch().eval(), _inputs()
 
 
 def make_on_gpu():

@@ -12,9 +12,10 @@ import pytest
 import torch
 from cli_models import make
 
-from fxpass import pipeline, target, target_hf
+from fxpass import explain, pipeline, target, target_hf
 from fxpass.options import Options
 from fxpass.report import Report
+from fxpass.spec import NormSpec
 from fxpass.target import TargetError, load
 from fxpass.target_text import Input, build
 
@@ -50,6 +51,34 @@ def test_callable_in_a_module() -> None:
     assert len(planned(load("cli_models:make_misspelt")).declined) == 1
 
 
+def test_bodies_of_a_graph_are_graphs_too() -> None:
+    """Inductor runs its hook on them as well."""
+    found = load("cli_models:make_branch")
+    assert len(planned(found).rewritten) == 2
+    with torch.no_grad():
+        assert len(explain(found.model, *found.args, options=OPTIONS).rewritten) == 2
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_training_saves_what_the_backward_needs(fake: bool) -> None:
+    """nn.RMSNorm is one operator to autograd, which keeps the value per row."""
+    found = load("cli_models:make", fake=fake)
+    specs = {train: _specs(found.graphs(train)) for train in (False, True)}
+    assert len(specs[True]) == len(specs[False]) == 4
+    assert "row" in specs[True][-1].outputs
+    assert "row" not in specs[False][-1].outputs
+
+
+def _specs(graphs) -> list[NormSpec]:
+    reports = [pipeline.dry_run(found.graph, OPTIONS) for found in graphs]
+    return [NormSpec.parse(site.spec) for report in reports for site in report.rewritten]
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(TargetError, match="no parameter or input requires a gradient"):
+        target.Target("f", torch.abs, (torch.ones(2),)).graphs(train=True)
+
+
 def test_fake_model_needs_no_gpu() -> None:
     found = load(f"{MODELS}:make_on_gpu", fake=True)
     assert len(planned(found).rewritten) == 4
@@ -60,6 +89,26 @@ def test_exported_program(tmp_path: Path) -> None:
     path = str(tmp_path / "model.pt2")
     torch.export.save(torch.export.export(model, args), path)
     assert len(planned(load(path)).rewritten) == 4
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_exported_program_without_example_inputs(tmp_path: Path, symbolic: bool) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x, times, *, table):
+            chosen = table["weights"].index_select(0, table["index"])[0]
+            return times * torch.nn.functional.rms_norm(x, (64,), chosen)
+
+    table = {"weights": torch.ones(3, 64), "index": torch.tensor([2])}
+    x, path = torch.randn(4, 64), str(tmp_path / "model.pt2")
+    rows = torch.export.Dim("rows", min=3, max=99) if symbolic else None
+    shapes = {"x": {0: rows}, "times": None, "table": {"weights": None, "index": None}}
+    program = torch.export.export(Model(), (x, 2), {"table": table}, dynamic_shapes=shapes)
+    program.example_inputs = None
+    torch.export.save(program, path)
+    found = load(path)
+    assert found.args[0].shape == x.shape
+    (site,) = planned(found).rewritten
+    assert site.hidden == 64
 
 
 BROKEN = {
@@ -140,8 +189,8 @@ def test_cuda_where_there_is_none() -> None:
 
 
 DUMP = """
-import os, torch, cli_models
-model, args = cli_models.make_misspelt()
+import os, sys, torch, cli_models
+model, args = getattr(cli_models, sys.argv[1])()
 stop = lambda graph: os._exit(0)  # the graphs are written by now; the code generation is slow
 with torch.no_grad():
     torch.compile(model, options={"post_grad_custom_pre_pass": stop})(*args)
@@ -150,8 +199,16 @@ with torch.no_grad():
 
 @pytest.fixture(scope="module")
 def dumps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return dumped(tmp_path_factory.mktemp("dumps"), "make_misspelt")
+
+
+@pytest.fixture(scope="module")
+def branch_dumps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return dumped(tmp_path_factory.mktemp("branch"), "make_branch")
+
+
+def dumped(folder: Path, maker: str) -> Path:
     """What torch.compile itself writes, in both ways at once."""
-    folder = tmp_path_factory.mktemp("dumps")
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parent),
@@ -160,7 +217,8 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "TORCH_TRACE": str(folder / "trace"),
         "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
     }
-    subprocess.run([sys.executable, "-c", DUMP], env=environment, check=True, capture_output=True)
+    command = [sys.executable, "-c", DUMP, maker]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
     return folder
 
 
@@ -171,6 +229,14 @@ def test_dumped_graphs(dumps: Path, kind: str) -> None:
     (declined,) = report.declined
     assert "mean is over dim -2" in declined.reason
     assert declined.location.startswith(MODELS)
+
+
+@pytest.mark.parametrize("kind", ["debug", "trace"])
+def test_dumped_graph_with_bodies(branch_dumps: Path, kind: str) -> None:
+    found = load(str(branch_dumps / kind))
+    report = planned(found)
+    assert report.summary() == "rewrote 2 of 2 norms in 3 graph(s) (reference.eager x2)"
+    assert {site.location.partition(":")[0] for site in report.rewritten} == {MODELS}
 
 
 def test_folder_without_graphs(tmp_path: Path) -> None:
@@ -212,7 +278,7 @@ def test_symbolic_sizes_and_places() -> None:
     [
         ("torch.ops.aten.no_such_op.default(arg2_1)", "which this torch does not have"),
         ("os.system('true')", "needs an operator of torch"),
-        ("self.true_graph_0", "a graph inside the graph"),
+        ("self.true_graph_0", "a graph that the text does not have"),
         ("missing", "which nothing made"),
         ("[x for x in arg2_1]", "cannot read"),
     ],
