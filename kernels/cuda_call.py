@@ -47,8 +47,8 @@ class RowKernel:
         self._empty = _allocator(device)
 
     def prepare(self) -> None:
-        """Build the schedules for one, few and many rows. Raises BuildError."""
-        for rows in (1, 512, 1 << 20):
+        """Build the schedules for one, few, some and many rows. Raises BuildError."""
+        for rows in (1, 512, 2048, 1 << 20):
             self.kernel(self._schedule(self._spec, self._hidden, rows))
 
     def kernel(self, schedule: Schedule) -> ctypes.c_void_p:

@@ -18,16 +18,18 @@ from fxpass.spec import NormSpec
 CONTRACT = contract("cuda")
 _LEAST_CAPABILITY = (8, 0)  # cvt.rn.bf16.f32
 
-_ALONE = 128
-"""Up to here every row has a multiprocessor of its own (132 on an H200)."""
-_FEW = 1024
-"""Up to here multiprocessors wait for rows; above, for memory."""
+_SIZES = ((128, "alone"), (1024, "few"), (4096, "some"))
+"""Rows up to, and their word. alone: each has a multiprocessor of its own (132 on an H200). few:
+multiprocessors wait for rows. some: the grid is over so soon that the next kernel may come in at
+once. More are many: multiprocessors wait for memory."""
 _EACH: dict[tuple[str, bool], tuple[tuple[int, int], ...]] = {
     ("alone", False): ((512, 1), (1024, 2)),
     ("alone", True): ((512, 1), (1024, 2)),
-    ("few", False): ((512, 1), (768, 2), (1024, 4)),
-    ("few", True): ((512, 1), (1024, 2)),
-    ("many", False): ((32, 1), (64, 2), (1024, 4)),
+    ("few", False): ((512, 1), (768, 2), (896, 3), (1024, 4)),
+    ("few", True): ((32, 1), (64, 2), (128, 4), (256, 2), (512, 1), (896, 5), (1024, 4)),
+    ("some", False): ((32, 1), (64, 2), (1024, 4)),
+    ("some", True): ((32, 1), (64, 2), (128, 4), (512, 1), (1024, 2)),
+    ("many", False): ((32, 1), (64, 2), (896, 4), (1024, 2)),
     ("many", True): ((32, 1), (64, 2), (128, 4), (512, 1), (1024, 2)),
 }
 """Units of a thread, by rows and whether a thread reads more than one 16-bit unit at a place (a
@@ -41,14 +43,22 @@ def schedule(spec: NormSpec, hidden: int, rows: int) -> Schedule:
     """Threads of a row and rows of a block: a choice of speed, no bit depends on it."""
     units = -(-hidden // gpu_rows.VECTOR)
     heavy = spec.residual is not None or spec.normed == torch.float32
-    size = "alone" if rows <= _ALONE else "few" if rows <= _FEW else "many"
-    few = size != "many"
+    size = next((word for most, word in _SIZES if rows <= most), "many")
+    eager = size != "many"
     if hidden > gpu_rows.MOST_LANES:
-        return Schedule(1024 if heavy else 512, 1, eager=few)
+        return Schedule(1024 if heavy else 256 if size == "few" else 512, 1, eager=eager)
     each = next(each for most, each in _EACH[size, heavy] if units <= most)
     threads = _threads(-(-units // each))
-    block = 128 if few else 512 if units <= 64 or threads == 256 else 256
-    return Schedule(threads, max(1, block // threads), eager=few)
+    return Schedule(threads, max(1, _block(size, units, threads) // threads), eager=eager)
+
+
+def _block(size: str, units: int, threads: int) -> int:
+    """Threads of a block that takes several rows."""
+    if size in ("alone", "few"):
+        return 128
+    if units <= 64 or (size == "many" and threads == 256):
+        return 512
+    return 256 if size == "many" else 128
 
 
 def _threads(count: int) -> int:
