@@ -30,9 +30,11 @@ MODULES = """
     kernels.measured
     kernels.registry kernels
     kernels.invariant kernels.invariant.cpu_library kernels.invariant.mm_plain
-    kernels.invariant.mm_cpu
+    kernels.invariant.mm_cpu kernels.invariant.reduce_plain kernels.invariant.reduce_cpu
     kernels.invariant.chunks kernels.invariant.mm_triton kernels.invariant.mm_schedule
     kernels.invariant.mm_plan kernels.invariant.mm_gpu
+    kernels.invariant.triton_math kernels.invariant.reduce_triton kernels.invariant.scan_triton
+    kernels.invariant.reduce_gpu
     platforms fusable layout copies select plan ops
     fused lowering
     verify rewrite sampling html_table report tables remembered modules printing
