@@ -15,6 +15,10 @@ from fxpass.sites import Decline
 from fxpass.spec import NormSpec
 
 if TYPE_CHECKING:
+    from fxpass.invariant.mode import batch_invariant_mode as batch_invariant_mode
+    from fxpass.invariant.mode import disable as disable_batch_invariant
+    from fxpass.invariant.mode import enable as enable_batch_invariant
+
     RMSNormPass: Any
 
 __version__ = "0.1.0"
@@ -28,6 +32,9 @@ __all__ = [
     "OptionsError",
     "RMSNormPass",
     "Report",
+    "batch_invariant_mode",
+    "disable_batch_invariant",
+    "enable_batch_invariant",
     "explain",
     "install",
     "last_report",
@@ -37,10 +44,21 @@ __all__ = [
 ]
 
 
+_OF_THE_MODE = {
+    "batch_invariant_mode": "batch_invariant_mode",
+    "disable_batch_invariant": "disable",
+    "enable_batch_invariant": "enable",
+}
+
+
 def __getattr__(name: str) -> Any:
     # RMSNormPass derives from a class inside Inductor, which costs a second to import.
     if name == "RMSNormPass":
         from fxpass.hooks import pass_class
 
         return pass_class()
+    if name in _OF_THE_MODE:  # registers operators
+        from fxpass.invariant import mode
+
+        return getattr(mode, _OF_THE_MODE[name])
     raise AttributeError(f"module 'fxpass' has no attribute {name!r}")

@@ -9,7 +9,7 @@ Heavy modules (Inductor, Dynamo) are imported inside the functions that need the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -334,3 +334,69 @@ def python_overrides(operator_name: str) -> dict[str, str]:
         if in_python and "inactive" not in key and not place.startswith(ours):
             found[key] = place
     return found
+
+
+# ---- Operators replaced in the dispatcher -------------------------------------------------------
+
+
+def thread_value(key: str) -> Any:
+    """A value of this thread, which autograd's threads inherit from the one that starts them."""
+    return torch._C._get_obj_in_tls(key) if torch._C._is_key_in_tls(key) else None
+
+
+def set_thread_value(key: str, value: Any) -> None:
+    """Set a `thread_value`."""
+    torch._C._stash_obj_in_tls(key, value)
+
+
+def override(
+    leaves: Mapping[str, Callable[[Any], Callable[..., Any]]],
+    composites: Mapping[str, Callable[[Any], Callable[..., Any]]],
+) -> Callable[[], None]:
+    """Replace ATen operators; what is returned puts back what was there.
+
+    The names are overloads (`mm`, `mm.out`). Each function gets the kernel there is, whose
+    `call_boxed(keyset, *args)` runs it, and gives the new one, which takes (keyset, *args). Leaves
+    are replaced for CPU and CUDA tensors where they have kernels, composites where they decompose.
+    torch.library would forget on the way out that somebody else's Python kernel is registered.
+    """
+    import warnings
+
+    library: Any = torch._C._dispatch_library("IMPL", "aten", "", __file__, 0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "Overriding a previously registered kernel"
+            for name, key in _places(leaves):
+                original = torch.library.get_kernel(f"aten::{name}", key)
+                library.impl(name, key, leaves[name](original), True)
+            for name in composites:
+                original = torch.library.get_kernel(f"aten::{name}", "CPU")
+                library.impl(name, "CompositeImplicitAutograd", composites[name](original), True)
+    except BaseException:
+        library.reset()
+        raise
+    return lambda: library.reset()
+
+
+def _places(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(overload, dispatch key) where an operator has a kernel of its own below autograd."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    devices = ("CPU", "CUDA") if torch.cuda.is_available() else ("CPU",)
+    for name in names:
+        full = f"aten::{name}"
+        if not torch._C._dispatch_has_kernel(full):
+            continue
+        everywhere = any(has(full, f"CompositeExplicitAutograd{s}") for s in ("", "NonFunctional"))
+        yield from ((name, key) for key in devices if everywhere or has(full, key))
+
+
+def tf32_allowed() -> bool:
+    """Whether the user lets float32 products on a GPU round their inputs to TF32."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def is_traced() -> bool:
+    """Whether a mode or a transform watches operators: then composite ones should open up."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    return bool(torch._C._functorch.peek_interpreter_stack() is not None)

@@ -35,11 +35,13 @@ MODULES = """
     kernels.invariant.mm_plan kernels.invariant.mm_gpu
     kernels.invariant.triton_math kernels.invariant.reduce_triton kernels.invariant.scan_triton
     kernels.invariant.reduce_gpu
+    kernels.invariant.dispatch
     platforms fusable layout copies select plan ops
     fused lowering
     verify rewrite sampling html_table report tables remembered modules printing
     pipeline capture ledger artifacts
-    invariant
+    invariant invariant.aten invariant.products invariant.reductions invariant.norms
+    invariant.attention invariant.attention_op invariant.table invariant.mode
     hooks backend
     fxpass
     pytest_plugin

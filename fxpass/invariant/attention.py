@@ -1,0 +1,133 @@
+"""Scaled dot-product attention: ATen's overloads of it over one kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxpass.kernels.invariant import dispatch
+
+Tensor = torch.Tensor
+_LSE_MULTIPLE = 32
+"""The memory-efficient backward reads logsumexp in rows padded to this."""
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, logsumexp); out is dense in the order batch, length, head, dim, as torch's are."""
+    out, lse = dispatch.attention(query, key, value, mask, causal=is_causal, scale=scale)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+def fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel takes these tensors, and torch would."""
+    tensors = (query, key, value)
+    if any(t.dim() != 4 or not dispatch.takes(t, product=True) or not t.numel() for t in tensors):
+        return False
+    same = len({(t.dtype, t.device, t.shape[0]) for t in tensors}) == 1
+    if not same or query.shape[-1] != key.shape[-1] or key.shape[1:3] != value.shape[1:3]:
+        return False
+    if query.shape[1] % key.shape[1]:
+        return False
+    return mask is None or mask_fits(mask, query, key)
+
+
+def mask_fits(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Whether a mask broadcasts to (batch, heads, query length, key length)."""
+    full = (*query.shape[:3], key.shape[2])
+    sizes = zip(reversed(mask.shape), reversed(full), strict=False)
+    known = mask.dtype == torch.bool or mask.dtype in (query.dtype, torch.float32)
+    return known and mask.dim() <= 4 and all(s in (1, t) for s, t in sizes)
+
+
+def flash_for_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Any:
+    """(out, logsumexp (B, H, L))."""
+    if dropout_p or (is_causal and attn_mask is not None) or not fits(query, key, value, attn_mask):
+        return NotImplemented
+    return attend(query, key, value, attn_mask, is_causal, scale)
+
+
+def efficient(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    compute_log_sumexp: bool,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> Any:
+    """(out, padded logsumexp, seed, offset)."""
+    if dropout_p or (is_causal and attn_bias is not None) or not fits(query, key, value, attn_bias):
+        return NotImplemented
+    out, lse = attend(query, key, value, attn_bias, is_causal, scale)
+    seed = torch.zeros((), dtype=torch.long, device=query.device)
+    return out, padded(lse) if compute_log_sumexp else lse[..., :0], seed, seed.clone()
+
+
+def padded(lse: Tensor) -> Tensor:
+    """Logsumexp as the memory-efficient backward reads it: padded with infinity."""
+    missing = -lse.shape[-1] % _LSE_MULTIPLE
+    return torch.nn.functional.pad(lse, (0, missing), value=float("inf")) if missing else lse
+
+
+def flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> Any:
+    """(out, logsumexp, None, None, max_q, max_k, rng state, unused, debug mask)."""
+    if dropout_p or return_debug_mask or not fits(query, key, value, None):
+        return NotImplemented
+    out, lse = attend(query, key, value, None, is_causal, scale)
+    state = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    unused, debug = (
+        torch.empty(0, dtype=d, device=query.device) for d in (torch.uint64, out.dtype)
+    )
+    return out, lse, None, None, query.shape[2], key.shape[2], state, unused, debug
+
+
+def cudnn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    compute_log_sumexp: bool,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> Any:
+    """(out, logsumexp (B, H, L, 1), None, None, max_q, max_k, seed, offset, debug mask)."""
+    if dropout_p or return_debug_mask or (is_causal and attn_bias is not None):
+        return NotImplemented
+    if not fits(query, key, value, attn_bias):
+        return NotImplemented
+    out, lse = attend(query, key, value, attn_bias, is_causal, scale)
+    seed = torch.zeros((), dtype=torch.long, device=query.device)
+    debug = torch.empty(0, dtype=out.dtype, device=query.device)
+    sizes = (query.shape[2], key.shape[2])
+    return out, lse.unsqueeze(-1), None, None, *sizes, seed, seed.clone(), debug

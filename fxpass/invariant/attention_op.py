@@ -1,0 +1,151 @@
+"""`fxpass::bi_attention`: attention with a gradient, and what F.scaled_dot_product_attention is.
+
+One operator for all devices, masks and head counts: torch's own choice between its kernels follows
+strides, gradients and the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fxpass.invariant.aten import aten
+from fxpass.invariant.attention import attend, fits, padded
+
+Tensor = torch.Tensor
+
+_library: Any = getattr(torch.library, "Library")("fxpass", "FRAGMENT")  # noqa: B009 - untyped
+
+
+def scaled_dot_product(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """F.scaled_dot_product_attention. Differentiable.
+
+    With dropout, a mask beside `is_causal`, or other ranks than four, torch's own runs; without
+    dropout that is made of products and softmax.
+    """
+    if dropout_p or (is_causal and attn_mask is not None):
+        return NotImplemented
+    if query.dim() != 4 or not (enable_gqa or query.shape[1] == key.shape[1]):
+        return NotImplemented
+    if not fits(query, key, value, attn_mask):
+        return NotImplemented
+    return torch.ops.fxpass.bi_attention(query, key, value, attn_mask, is_causal, scale)[0]
+
+
+def fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Shapes, dtypes and strides of `attend`."""
+    batch, heads, length = query.shape[:3]
+    out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return out, query.new_empty(batch, heads, length, dtype=wide)
+
+
+def _setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.is_causal, ctx.scale = inputs[4:]
+
+
+def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    """Gradients by torch's own kernel where it takes the tensors, else written out."""
+    query, key, value, mask, out, lse = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 6
+    groups = query.shape[1] // key.shape[1]
+    wide_key, wide_value = (
+        t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value)
+    )
+    saved = (query, wide_key, wide_value, mask, out, lse)
+    wants_mask = mask is not None and ctx.needs_input_grad[3]
+    plain = query.shape[-1] == value.shape[-1] and query.shape[-1] % 8 == 0
+    if plain and not wants_mask and query.device.type == "cpu":
+        found = _flash_for_cpu(grad, saved, ctx)
+    elif plain and mask is None and query.device.type == "cuda":
+        found = _efficient(grad, saved, ctx)
+    else:
+        found = _written_out(grad, saved, ctx, wants_mask)
+    grad_query, grad_key, grad_value, grad_mask = found
+    grad_key, grad_value = (
+        t.unflatten(1, (-1, groups)).sum(2) if groups > 1 else t for t in (grad_key, grad_value)
+    )
+    return grad_query, grad_key, grad_value, grad_mask, None, None
+
+
+Saved = tuple[Tensor, Tensor, Tensor, "Tensor | None", Tensor, Tensor]
+
+
+def _flash_for_cpu(grad: Tensor, saved: Saved, ctx: Any) -> tuple[Any, ...]:
+    query, key, value, mask, out, lse = saved
+    made = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, key, value, out, lse, 0.0, ctx.is_causal, attn_mask=mask, scale=ctx.scale
+    )
+    return (*made, None)
+
+
+def _efficient(grad: Tensor, saved: Saved, ctx: Any) -> tuple[Any, ...]:
+    query, key, value, _, out, lse = saved
+    seed = torch.zeros((), dtype=torch.long, device=query.device)
+    made = aten._scaled_dot_product_efficient_attention_backward(
+        grad, query, key, value, None, out, padded(lse), seed, seed, 0.0,
+        [True, True, True, False], ctx.is_causal, scale=ctx.scale,
+    )  # fmt: skip
+    return (*made[:3], None)
+
+
+def _written_out(grad: Tensor, saved: Saved, ctx: Any, wants_mask: bool) -> tuple[Any, ...]:
+    query, key, value, mask, out, lse = saved
+    q, k, v, o, d = (t.to(lse.dtype) for t in (query, key, value, out, grad))
+    scale = query.shape[-1] ** -0.5 if ctx.scale is None else ctx.scale
+    scores = (q @ k.mT) * scale
+    scores = _masked(scores, mask, ctx.is_causal)
+    weights = torch.where(lse.isfinite()[..., None], (scores - lse[..., None]).exp(), 0.0)
+    grad_scores = weights * (d @ v.mT - (d * o).sum(-1, keepdim=True))
+    made = (grad_scores @ k * scale, grad_scores.mT @ q * scale, weights.mT @ d)
+    grad_mask = None
+    if wants_mask and mask is not None:
+        grad_mask = grad_scores.sum_to_size(mask.shape).to(mask.dtype)
+    return (*(g.to(query.dtype) for g in made), grad_mask)
+
+
+def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(mask.logical_not(), float("-inf"))
+    return scores + mask
+
+
+def _define() -> None:
+    _library.define(
+        "bi_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal,"
+        " float? scale) -> (Tensor, Tensor)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    _library.impl("bi_attention", attend, "CompositeExplicitAutograd")
+    torch.library.register_fake("fxpass::bi_attention", fake, lib=_library)
+    torch.library.register_autograd(
+        "fxpass::bi_attention", _backward, setup_context=_setup, lib=_library
+    )
+
+
+_define()

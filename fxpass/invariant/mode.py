@@ -1,0 +1,136 @@
+"""Eager mode: ATen's operators replaced in the dispatcher, for the threads that asked for it.
+
+The replacements are registered while any thread is in the mode. A thread that is not gets the
+kernel that was there before, whoever registered it. Autograd's worker threads inherit the mode from
+the call that starts them, as do torch's own thread pools; Python threads do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fxpass import torch_private
+from fxpass.invariant.aten import Operator
+from fxpass.invariant.table import COMPOSITES, LEAVES
+
+_KEY = "fxpass.batch_invariant"
+
+
+class _Registered:
+    """The registrations, and who needs them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._take_back: Callable[[], None] | None = None
+        self.everywhere = False
+
+    def acquire(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._take_back = _register()
+            self._users += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users and self._take_back is not None:
+                self._take_back()
+                self._take_back = None
+
+    def set_everywhere(self, on: bool) -> bool:
+        """Whether that changed anything."""
+        with self._lock:
+            changed = self.everywhere != on
+            self.everywhere = on
+        return changed
+
+
+_registered = _Registered()
+
+
+class _Busy(threading.local):
+    """Set while one of our kernels runs: the operators it is made of are torch's own."""
+
+    on = False
+
+
+_busy = _Busy()
+
+
+def active() -> bool:
+    """Whether this thread is in the mode."""
+    return _registered.everywhere or torch_private.thread_value(_KEY) is True
+
+
+@contextlib.contextmanager
+def batch_invariant_mode(enabled: bool = True) -> Iterator[None]:
+    """Rows of every operator's result do not depend on other rows, in this thread, until the end.
+
+    Can be nested and used as a decorator; what autograd runs for a `backward()` called inside is
+    included. `enabled=False` leaves the mode for a while, but not one that `enable` started.
+    """
+    before = torch_private.thread_value(_KEY)
+    _registered.acquire()
+    torch_private.set_thread_value(_KEY, enabled)
+    try:
+        yield
+    finally:
+        torch_private.set_thread_value(_KEY, before)
+        _registered.release()
+
+
+def enable() -> None:
+    """Turn the mode on for all threads of the process, until `disable`. Twice is as once."""
+    if _registered.set_everywhere(True):
+        _registered.acquire()
+
+
+def disable() -> None:
+    """Turn off what `enable` turned on; `with` blocks that are open keep the mode."""
+    if _registered.set_everywhere(False):
+        _registered.release()
+
+
+def _register() -> Callable[[], None]:
+    """Register everything; what comes back takes it back."""
+    return torch_private.override(
+        {name: functools.partial(_leaf, function) for name, function in LEAVES.items()},
+        {name: functools.partial(_composite, function) for name, function in COMPOSITES.items()},
+    )
+
+
+def _leaf(function: Operator, original: Any) -> Operator:
+    """The kernel of an operator whose parts are not to be replaced once more."""
+    call_original = original.call_boxed
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _busy.on and active():
+            _busy.on = True
+            try:
+                made = function(*args, **kwargs)
+            finally:
+                _busy.on = False
+            if made is not NotImplemented:
+                return made
+        return call_original(keyset, *args, **kwargs)
+
+    return kernel
+
+
+def _composite(function: Operator, original: Any) -> Operator:
+    """The kernel of an operator that is made of others."""
+    call_original = original.call_boxed
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _busy.on and active():
+            made = function(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        return call_original(keyset, *args, **kwargs)
+
+    return kernel

@@ -1,0 +1,149 @@
+"""Products, reductions and attention whose rows are invariant, by the device of the tensors.
+
+Every function says of its last dim what ATen says of `dim`; `fxpass.invariant.aten` makes ATen's
+operators of them. The modules of a device are imported when the first of its tensors comes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+Tensor = torch.Tensor
+
+DEVICES = ("cpu", "cuda")
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@functools.cache
+def products(device: str) -> Any:
+    """The module with `matmul` for a device type."""
+    if device == "cpu":
+        from fxpass.kernels.invariant import mm_cpu
+
+        return mm_cpu
+    from fxpass.kernels.invariant import mm_gpu
+
+    return mm_gpu
+
+
+@functools.cache
+def reductions(device: str) -> Any:
+    """The module with the `row_` functions for a device type."""
+    if device == "cpu":
+        from fxpass.kernels.invariant import reduce_cpu
+
+        return reduce_cpu
+    from fxpass.kernels.invariant import reduce_gpu
+
+    return reduce_gpu
+
+
+@functools.cache
+def attentions(device: str) -> Any:
+    """The module with `attention` for a device type."""
+    if device == "cpu":
+        from fxpass.kernels.invariant import attention_cpu
+
+        return attention_cpu
+    from fxpass.kernels.invariant import attention_gpu
+
+    return attention_gpu
+
+
+def takes(x: Tensor, product: bool = False) -> bool:
+    """Whether there are kernels for a tensor: its device, layout and dtype."""
+    device = x.device.type
+    if device not in DEVICES or x.layout != torch.strided or x.dtype not in FLOATS:
+        return False
+    return not (product and device == "cuda" and x.dtype == torch.float64)
+
+
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+    tf32: bool = False,
+) -> Tensor:
+    """`beta * bias + alpha * (a @ b)`, added up in float32 and rounded once.
+
+    a (M, K) or (B, M, K); b (K, N) or (B, K, N); any strides; bias broadcasts to the output.
+    """
+    made: Tensor = products(a.device.type).matmul(
+        a, b, bias, alpha=alpha, beta=beta, out_dtype=out_dtype, tf32=tf32
+    )
+    return made
+
+
+def row_sum(x: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """The sum over the last dim."""
+    made: Tensor = reductions(x.device.type).row_sum(x, dtype=dtype)
+    return made
+
+
+def row_mean(x: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """The mean over the last dim."""
+    made: Tensor = reductions(x.device.type).row_mean(x, dtype=dtype)
+    return made
+
+
+def row_norm(x: Tensor, p: float, *, dtype: torch.dtype) -> Tensor:
+    """The p-norm over the last dim."""
+    made: Tensor = reductions(x.device.type).row_norm(x, p, dtype=dtype)
+    return made
+
+
+def row_logsumexp(x: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """log(sum(exp(x))) over the last dim."""
+    made: Tensor = reductions(x.device.type).row_logsumexp(x, dtype=dtype)
+    return made
+
+
+def row_softmax(x: Tensor, *, dtype: torch.dtype, log: bool) -> Tensor:
+    """(Log-)softmax over the last dim, of x's shape."""
+    made: Tensor = reductions(x.device.type).row_softmax(x, dtype=dtype, log=log)
+    return made
+
+
+def row_var_mean(x: Tensor, correction: float, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Variance and mean over the last dim."""
+    made: tuple[Tensor, Tensor] = reductions(x.device.type).row_var_mean(x, correction, dtype=dtype)
+    return made
+
+
+def row_layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm over the last dim: (out in x's dtype, mean, rstd), the last two in float32."""
+    made: tuple[Tensor, Tensor, Tensor] = reductions(x.device.type).row_layer_norm(
+        x, weight, bias, eps
+    )
+    return made
+
+
+def row_cumsum(x: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Running sums along the last dim."""
+    made: Tensor = reductions(x.device.type).row_cumsum(x, dtype=dtype)
+    return made
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of (B, H, L, D) tensors: (out, logsumexp in float32)."""
+    made: tuple[Tensor, Tensor] = attentions(q.device.type).attention(
+        q, k, v, mask, causal=causal, scale=scale
+    )
+    return made
