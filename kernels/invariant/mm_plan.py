@@ -113,7 +113,6 @@ class _Launched(Plan):
                 "B_TRANSPOSED": self._tma[1],
                 "HAS_BIAS": bias is not None,
                 "PRECISION": precision,
-                "HALVES": schedule.halves,
             }
             programs = min(tiles, schedule.programs * device_of(self._device).processors)
             self._first = _Launch(
@@ -272,11 +271,10 @@ def _descriptors(a: Tensor, b: Tensor, schedule: Schedule) -> tuple[bool, bool]:
 
 def _blocks(schedule: Schedule, transposed: tuple[bool, bool]) -> list[tuple[int, int]]:
     _, block_m, block_n, block_k, *_ = schedule
-    stored = block_n // 2 if schedule.halves else block_n
     return [
         (block_k, block_m) if transposed[0] else (block_m, block_k),
         (block_n, block_k) if transposed[1] else (block_k, block_n),
-        (block_m, stored),
+        (block_m, block_n),
     ]
 
 

@@ -23,7 +23,6 @@ class Schedule(NamedTuple):
     stages: int
     group: int = 8
     programs: int = 1
-    halves: bool = False
 
 
 class Problem(NamedTuple):
@@ -87,8 +86,8 @@ def _one_instruction(device: Device, problem: Problem, block: int) -> Schedule:
 
 def _large(problem: Problem) -> Schedule:
     if problem.chunks == 1:
-        return Schedule("tma", 128, 256, 64, 8, 4, halves=True)
-    return Schedule("tma", 128, 128, 64, 8, 5, halves=True)
+        return Schedule("tma", 128, 256, 64, 8, 4)
+    return Schedule("tma", 128, 128, 64, 8, 5)
 
 
 def _small(device: Device, problem: Problem, block_k: int) -> Schedule:

@@ -184,7 +184,6 @@ def product_tma(
     B_TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
-    HALVES: tl.constexpr,
 ):
     """Tiles of out, as many programs as wanted: a, b and out are descriptors, zeros outside."""
     tiles_m = tl.cdiv(m, BLOCK_M)
@@ -226,22 +225,14 @@ def product_tma(
                 result = total + acc
                 total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            if HALVES:
-                half: tl.constexpr = BLOCK_N // 2
-                parts = tl.permute(tl.reshape(result, (BLOCK_M, 2, half)), (0, 2, 1))
-                left, right = tl.split(parts)
-                _store(left, out, bias, row, col, alpha, beta, m, n, bias_row, bias_col, HAS_BIAS)
-                col += half
-                _store(right, out, bias, row, col, alpha, beta, m, n, bias_row, bias_col, HAS_BIAS)
-            else:
-                _store(result, out, bias, row, col, alpha, beta, m, n, bias_row, bias_col, HAS_BIAS)
+            _store(result, out, bias, row, col, alpha, beta, m, n, bias_row, bias_col, HAS_BIAS)
 
 
 @triton.jit
 def _store(
     total, out, bias, row, col, alpha, beta, m, n, bias_row, bias_col, HAS_BIAS: tl.constexpr
 ):
-    """Round a tile, or a half of one, and store it through a descriptor."""
+    """Round a tile and store it through a descriptor."""
     rows = row + tl.arange(0, total.shape[0])
     cols = col + tl.arange(0, total.shape[1])
     ok = (rows < m)[:, None] & (cols < n)[None, :]
