@@ -31,14 +31,16 @@ MODULES = """
     kernels.registry kernels
     kernels.invariant kernels.invariant.cpu_library kernels.invariant.mm_plain
     kernels.invariant.mm_cpu kernels.invariant.reduce_plain kernels.invariant.reduce_cpu
+    kernels.invariant.attention_cpu
     kernels.invariant.chunks kernels.invariant.mm_triton kernels.invariant.mm_schedule
     kernels.invariant.mm_plan kernels.invariant.mm_gpu
     kernels.invariant.triton_math kernels.invariant.reduce_triton kernels.invariant.scan_triton
     kernels.invariant.reduce_gpu
     kernels.invariant.dispatch
-    platforms fusable layout copies select plan ops
+    platforms fusable layout copies select plan traffic ops
     fused lowering
     verify rewrite sampling html_table report tables remembered modules printing
+    diff diff_text diff_svg diff_html diff_view
     pipeline capture ledger artifacts
     invariant invariant.aten invariant.products invariant.reductions invariant.norms
     invariant.attention invariant.attention_op invariant.table invariant.mode
@@ -46,7 +48,7 @@ MODULES = """
     fxpass
     pytest_plugin
     target_errors target_text target_dump target_hf target
-    diff diff_text diff_svg diff_html doctor numerics
+    doctor numerics
     corpus_rows corpus
     cli_common cli_baseline cli_explain cli_diff cli_bisect cli_machine cli_corpus
     cli __main__

@@ -237,7 +237,7 @@ static inline void write_block(const FxProduct& p, const Block& at, const C* sum
     };
     if (!bias) {
       for (fx_i64 j = 0; j < at.columns; ++j) {
-        C sum = alpha * from[j];
+        C sum = alpha * from[j] + (C)0;  // -0, the sum of nothing, becomes 0
         to[j] = stored<O>(sum == sum ? sum : nan);
       }
     } else if (step == 1) {

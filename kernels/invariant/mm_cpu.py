@@ -81,7 +81,7 @@ def product(
         beta: As in `matmul`.
         out_dtype: Of the output; None is that of `a`.
         skip_zeros: A zero in `a` adds nothing even where `b` holds NaN or infinity, and leaves the
-            bits as if its k did not exist. An element whose zeros are all skipped may be -0.
+            bits as if its k did not exist.
     """
     outer, inner, m, k = a.shape
     n = b.shape[-1]

@@ -30,8 +30,7 @@ def product(
         end = min(start + _CHUNK, k)
         total += _chunk(a[..., start:end], b[..., start:end, :], skip_zeros)
     total *= alpha
-    if bias is not None:
-        total += beta * bias
+    total += 0.0 if bias is None else beta * bias
     return total.masked_fill_(total.isnan(), torch.nan)  # one bit pattern, as in mm_cpu.h
 
 

@@ -107,7 +107,8 @@ def _root(x: Tensor) -> Tensor:
     return _each(lambda v: math.sqrt(v) if v >= 0 else math.nan, x)
 
 
-def _logarithm(x: Tensor) -> Tensor:
+def logarithm(x: Tensor) -> Tensor:
+    """The logarithm of each element by itself."""
     return _each(lambda v: math.log(v) if v > 0 else -math.inf if v == 0 else math.nan, x)
 
 
@@ -156,14 +157,14 @@ def _largest(x: Tensor) -> Tensor:
 def _logsumexp(x: Tensor) -> Tensor:
     most = _largest(x)
     shift = torch.where(most.isinf(), 0.0, most)
-    return _logarithm(summed(exponential(x - shift[:, None]))) + shift
+    return logarithm(summed(exponential(x - shift[:, None]))) + shift
 
 
 def _softmax(x: Tensor, log: bool) -> Tensor:
     off = x - _largest(x)[:, None]
     raised = exponential(off)
     total = summed(raised)
-    return off - _logarithm(total)[:, None] if log else raised / total[:, None]
+    return off - logarithm(total)[:, None] if log else raised / total[:, None]
 
 
 def _layer_norm(
