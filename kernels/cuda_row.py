@@ -25,11 +25,11 @@ once. More are many: multiprocessors wait for memory."""
 _EACH: dict[tuple[str, bool], tuple[tuple[int, int], ...]] = {
     ("alone", False): ((512, 1), (1024, 2)),
     ("alone", True): ((512, 1), (1024, 2)),
-    ("few", False): ((512, 1), (768, 2), (896, 3), (1024, 4)),
+    ("few", False): ((512, 1), (768, 2), (1024, 4)),
     ("few", True): ((32, 1), (64, 2), (128, 4), (256, 2), (512, 1), (896, 5), (1024, 4)),
     ("some", False): ((32, 1), (64, 2), (1024, 4)),
     ("some", True): ((32, 1), (64, 2), (128, 4), (512, 1), (1024, 2)),
-    ("many", False): ((32, 1), (64, 2), (896, 4), (1024, 2)),
+    ("many", False): ((32, 1), (64, 2), (1024, 4)),
     ("many", True): ((32, 1), (64, 2), (128, 4), (512, 1), (1024, 2)),
 }
 """Units of a thread, by rows and whether a thread reads more than one 16-bit unit at a place (a
@@ -46,7 +46,8 @@ def schedule(spec: NormSpec, hidden: int, rows: int) -> Schedule:
     size = next((word for most, word in _SIZES if rows <= most), "many")
     eager = size != "many"
     if hidden > gpu_rows.MOST_LANES:
-        return Schedule(1024 if heavy else 256 if size == "few" else 512, 1, eager=eager)
+        threads = 1024 if heavy else 256 if size == "few" else 512
+        return Schedule(threads, 1, eager=eager and size != "some")
     each = next(each for most, each in _EACH[size, heavy] if units <= most)
     threads = _threads(-(-units // each))
     return Schedule(threads, max(1, _block(size, units, threads) // threads), eager=eager)
@@ -56,9 +57,9 @@ def _block(size: str, units: int, threads: int) -> int:
     """Threads of a block that takes several rows."""
     if size in ("alone", "few"):
         return 128
-    if units <= 64 or (size == "many" and threads == 256):
-        return 512
-    return 256 if size == "many" else 128
+    if size == "some":
+        return 512 if threads <= 32 else 128
+    return 512 if units <= 64 or threads == 256 else 256
 
 
 def _threads(count: int) -> int:
