@@ -20,7 +20,6 @@ from fxpass.kernels.invariant.mm_cpu import product
 Tensor = torch.Tensor
 
 _FORMAT = struct.Struct("4P 6q 4q 3q d")  # FxScores of attention_cpu.h
-_HEADERS = ("cpu_exp.h", "attention_cpu.h")
 _SCRATCH = 16 << 20  # bytes of scores at a time
 _CAUSAL_ROWS = 128  # more rows at a time would compute more scores that no row may see
 
@@ -109,7 +108,7 @@ def _exponentials(
 ) -> Tensor:
     """The sums of the exponentials that `scores` (B, H, rows, keys) becomes; fills in `logs`."""
     sums = torch.empty(scores.shape[:-1], dtype=scores.dtype)
-    run = cpu_library.library("scores", _HEADERS, scores.dtype)
+    run = cpu_library.library("scores", scores.dtype)
     if run is None:
         _plain_exponentials(scores, sums, logs, mask, first, causal, scale)
         return sums

@@ -14,7 +14,6 @@ import torch
 from fxpass.kernels.invariant import cpu_library, mm_plain
 from fxpass.kernels.invariant.cpu_library import TYPES, wide
 
-_HEADERS = ("mm_cpu.h", "mm_cpu_blocks.h")
 _FORMAT = struct.Struct("4P 5q 4q 4q 4q 4q 2d")  # FxProduct of mm_cpu.h
 _NO_STRIDES = (0, 0, 0, 0)
 
@@ -93,7 +92,7 @@ def product(
     if k == 0:
         out.zero_()
         return (out if bias is None else out + beta * bias).to(made)
-    run = cpu_library.library("product", _HEADERS, b.dtype)
+    run = cpu_library.library("product", b.dtype)
     if run is None:
         return mm_plain.product(a, b, bias, alpha, beta, skip_zeros).to(made)
     run(

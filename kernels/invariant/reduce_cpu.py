@@ -31,7 +31,6 @@ _WHAT = {
         "logsumexp softmax log_softmax var_mean layer_norm cumsum".split()
     )
 }
-_HEADERS = ("cpu_exp.h", "reduce_cpu.h")
 
 
 def row_sum(x: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -141,7 +140,7 @@ def _run(
     if rows == 0 or (size == 0 and first is None):
         return
     x = _matrix(x, rows, size)
-    run = cpu_library.library("rows", _HEADERS, x.dtype)
+    run = cpu_library.library("rows", x.dtype)
     if run is None:
         reduce_plain.run(what, x, out, first, second, weight, bias, p, eps)
         return
