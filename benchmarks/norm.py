@@ -31,6 +31,9 @@ DIFFER = 1e-4
 """Most elements of ours that may differ from eager, as a share: the sums are added in another
 order. A few are allowed in any case, or one would fail a row of 128."""
 DIFFER_ANY = 3
+DIFFER_TOGETHER = 1 / 32
+"""And of the elements of one row, which has few mantissas (128 in bf16): all with the same one move
+together when the row's factor moves by one unit in the last place. 21 of 32,768 were seen so."""
 FILL_SHARE = 0.4
 """Most of the budget that goes to filling compile caches."""
 RESERVE_S = 4.0
@@ -99,7 +102,7 @@ class Bench:
                 continue
             differ = [int((a != b).sum()) for a, b in zip(found, expected, strict=True)]
             share = 1 - differ[0] / expected[0].numel()
-            allowed = DIFFER_ANY + DIFFER * expected[0].numel()
+            allowed = DIFFER_ANY + DIFFER_TOGETHER * case.hidden + DIFFER * expected[0].numel()
             if name in own and (differ[0] > allowed or any(differ[1:])):
                 self.wrong[f"{name} differs {case}"] = f"elements of out, sum: {differ}"
                 self.bad = True
