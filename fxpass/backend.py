@@ -125,16 +125,19 @@ def rewrite(
     open_norms(graph_module)
     if example_inputs:
         torch_private.propagate_fakes(graph_module, example_inputs)
-    found = Report()
-    for inner in graph_module.modules():  # bodies of cond, checkpoint and the like included
-        if isinstance(inner, fx.GraphModule):
-            made = pipeline.run(inner.graph, chosen)
-            if made.rewritten:
-                inner.recompile()
-            found.add(made)
+    from fxpass import diff_view
+
+    found, graphs = Report(), Report()
+    for inner in torch_private.graph_and_bodies(graph_module):
+        diff_view.keep(graphs, inner.graph, chosen)
+        made = pipeline.run(inner.graph, chosen)
+        if made.rewritten:
+            inner.recompile()
+        found.add(made)
     if not facts.has_any(graph_module.graph):
         reason = "the graph carries no shapes; pass example inputs: fxpass.rewrite(gm, *inputs)"
         found.declined.append(Decline("graph", reason))
     LEDGER.add(found)
     _check_expected(chosen, found)
+    found.kept = graphs.kept  # after the ledger took the rest: it must not hold graphs
     return found

@@ -26,16 +26,20 @@ def explain(
     Runs Dynamo and AOTAutograd, then plans on the graphs that Inductor would get; generates no
     code. Works on fake tensors too. Graph breaks are followed by running the pieces eagerly.
     """
+    from fxpass import diff_view
+
     chosen = Options.make(options)
     check_providers(chosen)
     report = Report()
-    if isinstance(model, fx.GraphModule) and not args and not kwargs:
-        for each in torch_private.graph_and_bodies(model):
-            report.add(pipeline.dry_run(each.graph, chosen))
-        return report
 
     def plan(graph: fx.Graph) -> None:
         report.add(pipeline.dry_run(graph, chosen))
+        diff_view.keep(report, graph, chosen)
+
+    if isinstance(model, fx.GraphModule) and not args and not kwargs:
+        for each in torch_private.graph_and_bodies(model):
+            plan(each.graph)
+        return report
 
     torch_private.visit_post_grad_graphs(model, args, kwargs, plan)
     if not report.rewritten and _on_meta((*args, *kwargs.values())):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,10 @@ from typing import Any
 
 from torch import fx
 
-from fxpass import facts, matching, plan, printing, report
+from fxpass import facts, matching, plan, printing, report, sampling, torch_private
 from fxpass.options import Options
 from fxpass.plan import Plan
-from fxpass.report import Report, RewrittenSite
+from fxpass.report import Kept, Report, RewrittenSite
 from fxpass.rewrite import apply
 
 DIFF_VERSION = 1
@@ -93,15 +94,43 @@ def _site_dict(index: int, site: SiteDiff) -> dict[str, Any]:
 
 def of_graphs(target: str, graphs: Iterable[fx.GraphModule], options: Options) -> Diff:
     """Rewrites a copy of each graph and keeps both."""
+    return _joined(target, (_Rewritten(each.graph, options) for each in graphs))
+
+
+def of_kept(target: str, kept: Iterable[Kept]) -> Diff:
+    """The diff behind a report, each graph planned where and how it was planned there."""
+
+    def rewritten(one: Kept) -> _Rewritten:
+        inside = torch_private.inside_inductor() if one.in_inductor else contextlib.nullcontext()
+        with inside:
+            return _Rewritten(one.graph, one.options)
+
+    return _joined(target, map(rewritten, kept))
+
+
+def _joined(target: str, rewritten: Iterable[_Rewritten]) -> Diff:
+    """Several graphs in one diff."""
     whole = Report()
     sites: list[SiteDiff] = []
     rows: list[tuple[Row, ...]] = []
-    for index, graph_module in enumerate(graphs):
-        one = _Rewritten(graph_module.graph, options)
+    for index, one in enumerate(rewritten):
         rows.append(tuple(one.rows(len(sites))))
         sites += one.sites(index)
         whole.add(one.report)
     return Diff(target, whole, tuple(sites), tuple(rows))
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph, node by node, under the same names and with the same facts."""
+    return _copied(graph)[0]
+
+
+def _copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    made = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        copies[node] = made.node_copy(node, copies.__getitem__)
+    return made, copies
 
 
 class _Rewritten:
@@ -109,13 +138,12 @@ class _Rewritten:
 
     def __init__(self, graph: fx.Graph, options: Options) -> None:
         self._old = graph
-        self._new = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        for node in graph.nodes:
-            copies[node] = self._new.node_copy(node, copies.__getitem__)
+        self._new, copies = _copied(graph)
         self._origin = {copy: node for node, copy in copies.items()}
         found = matching.find(self._new)
-        decisions = plan.decide(found, options, build=False)
+        decisions = plan.decide(found, options, build=options.verify)
+        if options.verify:
+            decisions = sampling.refuse_what_differs(decisions)
         # Lines are read while the old nodes are still wired as they were.
         self._lines = printing.lines(self._new)
         self._readers = {node: tuple(node.all_input_nodes) for node in self._new.nodes}

@@ -48,7 +48,7 @@ class Effects:
 def effects(graph: fx.Graph) -> Effects:
     """The effects in a graph. ATen graphs after functionalisation have next to none."""
     switches = tuple(n for n in graph.nodes if n.target in GRAD_SWITCHES)
-    if not any(map(_written, graph.nodes)):
+    if not any(map(writes_to, graph.nodes)):
         return Effects((), {}, switches)
     roots: dict[fx.Node, frozenset[fx.Node]] = {}
     sharing: dict[int, frozenset[fx.Node]] = {}
@@ -59,7 +59,7 @@ def effects(graph: fx.Graph) -> Effects:
         roots[node] = shared.union({node}, *(roots[source] for source in _aliased(node)))
         if memory is not None:
             sharing[memory] = roots[node]
-        written = _written(node)
+        written = writes_to(node)
         if written:
             writes.append((node, frozenset().union(*(roots[target] for target in written))))
     return Effects(tuple(writes), roots, switches)
@@ -76,7 +76,7 @@ def _aliased(node: fx.Node) -> list[fx.Node]:
     return list(node.all_input_nodes) if shares else []
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
+def writes_to(node: fx.Node) -> list[fx.Node]:
     """Inputs the node writes to."""
     first = [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
     if node.op == "call_method" and isinstance(node.target, str):

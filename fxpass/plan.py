@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from fxpass import traffic
 from fxpass.layout import LayoutNode, LayoutPlan
 from fxpass.options import Options
 from fxpass.select import Choice, choose, prepare
 from fxpass.sites import Decline, Found, Site
+from fxpass.traffic import Traffic
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +22,8 @@ class Plan:
     site: Site
     choice: Choice
     layout: LayoutPlan
+    before: Traffic
+    after: Traffic
 
     @property
     def layout_nodes(self) -> tuple[LayoutNode, ...]:
@@ -58,7 +62,9 @@ def _plan(site: Site, options: Options, build: bool, taken: Container[fx.Node]) 
     choice = choose(site, options, build, taken)
     if choice.kernel is None:
         return "no kernel fits: " + "; ".join(choice.refusals)
-    return Plan(site, choice, choice.layout)
+    before = traffic.before(site)
+    after = traffic.after(site, choice.kernel.name, choice.spec.outputs, choice.layout)
+    return Plan(site, choice, choice.layout, before, after)
 
 
 def without(decisions: Decisions, dropped: Mapping[Plan, str]) -> Decisions:

@@ -10,11 +10,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import fx
+
 from fxpass import facts
+from fxpass.errors import FxpassError
 from fxpass.html_table import paragraph, table
+from fxpass.options import Options
 from fxpass.plan import Decisions, Plan
 from fxpass.sites import Decline
 
@@ -48,6 +53,22 @@ class RewrittenSite:
     nodes_before: int
     nodes_after: int
     numerics: str
+    launches_before: int | None = None
+    """Launches and bytes if each node ran by itself, as in eager; see `fxpass/traffic.py`."""
+    launches_after: int | None = None
+    """None where the kernel is not one launch; bytes also where sizes are symbolic."""
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A graph as it was before the rewrite, with what shows the difference."""
+
+    graph: fx.Graph
+    options: Options
+    in_inductor: bool
+    show: Callable[[Sequence[Kept]], Any]
 
 
 @dataclass
@@ -59,6 +80,8 @@ class Report:
     graphs: int = 0
     errors: list[str] = field(default_factory=list)
     """Bugs inside the pass: each left its graph as it was."""
+    kept: list[Kept] = field(default_factory=list, repr=False, compare=False)
+    """The graphs of `explain` and `rewrite`; no part of the schema."""
 
     @property
     def kernels(self) -> dict[str, int]:
@@ -77,12 +100,26 @@ class Report:
         """One flat record per norm, all with the same keys: `pandas.DataFrame(report.rows())`."""
         return [_flat(site) for site in self.sites]
 
+    def diff(self) -> Any:
+        """The graphs before and after (a `fxpass.diff_view.DiffView`): print it, or show it.
+
+        For reports of `explain` and `rewrite`. Raises FxpassError for the others: a compile does
+        not keep its graphs.
+        """
+        if not self.kept:
+            raise FxpassError(
+                "report.diff: this report has no graphs, a compile keeps none;"
+                " use fxpass.explain(model, *inputs).diff(), or TORCH_COMPILE_DEBUG=1"
+            )
+        return self.kept[0].show(self.kept)
+
     def add(self, other: Report) -> None:
         """Take in another report."""
         self.rewritten += other.rewritten
         self.declined += other.declined
         self.errors += other.errors
         self.graphs += other.graphs
+        self.kept += other.kept
 
     def summary(self) -> str:
         """One line."""
@@ -190,6 +227,10 @@ def _rewritten(plan: Plan) -> RewrittenSite:
         nodes_before=len(site.interior),
         nodes_after=1 + (outputs if outputs > 1 else 0) + len(plan.layout_nodes),
         numerics=choice.label,
+        launches_before=plan.before.launches,
+        launches_after=plan.after.launches,
+        bytes_before=plan.before.bytes,
+        bytes_after=plan.after.bytes,
     )
 
 

@@ -37,7 +37,7 @@ MODULES = """
     kernels.invariant.triton_math kernels.invariant.reduce_triton kernels.invariant.scan_triton
     kernels.invariant.reduce_gpu
     kernels.invariant.dispatch
-    platforms fusable layout copies select plan traffic ops
+    platforms fusable layout copies select traffic plan ops
     fused lowering
     verify rewrite sampling html_table report tables remembered modules printing
     diff diff_text diff_svg diff_html diff_view
