@@ -33,7 +33,7 @@ MODULES = """
     kernels.invariant.mm_cpu kernels.invariant.reduce_plain kernels.invariant.reduce_cpu
     kernels.invariant.attention_cpu
     kernels.invariant.chunks kernels.invariant.mm_triton kernels.invariant.mm_schedule
-    kernels.invariant.mm_plan kernels.invariant.mm_gpu
+    kernels.invariant.mm_launch kernels.invariant.mm_plan kernels.invariant.mm_gpu
     kernels.invariant.triton_math kernels.invariant.reduce_triton kernels.invariant.scan_triton
     kernels.invariant.reduce_gpu
     kernels.invariant.dispatch
@@ -43,7 +43,7 @@ MODULES = """
     diff diff_text diff_svg diff_html diff_view
     pipeline capture ledger artifacts
     invariant invariant.aten invariant.products invariant.reductions invariant.norms
-    invariant.attention invariant.attention_op invariant.table invariant.mode
+    invariant.attention invariant.attention_op invariant.pointwise invariant.table invariant.mode
     hooks backend
     fxpass
     pytest_plugin

@@ -20,10 +20,11 @@ BATCHED_CHUNK = 1024
 """For products of matrices in a batch: independent of K, so that rows keep their bits when zeros
 are appended to K, as attention over a growing cache needs it."""
 
-_FILLED_BY = 16_384
-"""Chunks times columns that give every multiprocessor a tile of 128 columns, about."""
-_WIDE = 8192
-"""From this many columns on the columns alone are enough."""
+_WIDE = 2048
+"""From this many columns on tiles of 16 columns alone keep a large GPU busy: one chunk, which is
+fastest for many rows."""
+_FILLED_BY = 4096
+"""Chunks times columns to aim at below that."""
 _SHORTEST = 1024
 
 
@@ -41,7 +42,7 @@ def mm_chunk(k: int, n: int, dtype: torch.dtype, *, batched: bool = False) -> in
     """
     if batched:
         return BATCHED_CHUNK
-    parts = 1 if n >= _WIDE else max(1, round(_FILLED_BY / max(1, n)))
+    parts = 1 if n >= _WIDE else _FILLED_BY // max(1, n)
     return max(_SHORTEST, _up(-(-k // parts)))
 
 

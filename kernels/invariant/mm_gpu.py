@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from fxpass.kernels.invariant.mm_plan import Plan, planned
+from fxpass.kernels.invariant.mm_launch import ALIGNED, Plan
+from fxpass.kernels.invariant.mm_plan import planned
 
 Tensor = torch.Tensor
 
@@ -51,7 +52,9 @@ def matmul(
     """
     if beta == 0:
         bias = None
+    at = a.data_ptr() | b.data_ptr() | (0 if bias is None else bias.data_ptr())
     key = (
+        at % ALIGNED == 0,
         a.get_device(),
         a.dtype,
         a.shape,
@@ -66,7 +69,7 @@ def matmul(
     )
     plan = _plans.get(key)
     if plan is None:
-        plan = planned(a, b, bias, out_dtype, tf32)
+        plan = planned(a, b, bias, out_dtype, tf32, at % ALIGNED == 0)
         if len(_plans) >= PLANS_MOST:
             _plans.clear()
         _plans[key] = plan

@@ -1,12 +1,13 @@
-"""Which schedule computes a product: a table per device, and a rule for everything else.
+"""Which schedule computes a product: tables of measured tiles, and a rule that picks from them.
 
-A schedule changes no bit on a device of one `family`: every tile of it is computed by instructions
-that add the same elements of K at once. `pick` knows that NVIDIA's `mma` and `wgmma` agree
-(measured on an H200); where it does not know, all its tiles use one instruction.
+A schedule changes no bit: a tile only has to be computed by instructions that add the same elements
+of K at once. NVIDIA's `mma` and `wgmma` do (compared on an H200 for every tile below, and tested);
+where that is not known, all tiles of a device have one shape, so that they use one instruction.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
@@ -15,10 +16,11 @@ class Schedule(NamedTuple):
 
     kind: str
     """walk: a program takes all chunks of a tile. split: one chunk, and a second kernel adds them.
-    tma: as walk, through tensor descriptors, `programs` to a multiprocessor."""
+    tma: as walk, through tensor descriptors, each multiprocessor `programs` that take turns."""
     block_m: int
     block_n: int
     block_k: int
+    """In the tables below of 16-bit elements, half as many of 32 bits."""
     warps: int
     stages: int
     group: int = 8
@@ -34,11 +36,14 @@ class Problem(NamedTuple):
     batch: int
     chunk: int
     bits: int
-    """Of an element: 16 or 32."""
+    """Of an operand's element: 16 or 32."""
+    out_bits: int
     exact: bool
     """True float32."""
     tma: bool
     """Whether descriptors can be made of the operands and the result."""
+    full_bias: bool = False
+    """A bias that is not the same for all rows."""
 
     @property
     def chunks(self) -> int:
@@ -53,57 +58,130 @@ class Device(NamedTuple):
     """nvidia or amd"""
     major: int
     processors: int
+    shared: int
+    """Most bytes of shared memory of a program."""
+
+
+Menu = tuple[tuple[int, Schedule], ...]
+"""(microseconds that a multiprocessor needs for a tile with K = 4096, schedule)."""
+
+_HOPPER: Menu = (
+    (12, Schedule("tma", 64, 32, 256, 4, 4)),
+    (13, Schedule("tma", 64, 64, 128, 4, 5)),
+    (16, Schedule("tma", 64, 128, 128, 4, 4)),
+    (24, Schedule("tma", 128, 128, 64, 8, 5)),
+    (44, Schedule("tma", 128, 256, 64, 8, 3)),
+)
+"""One chunk, 16 bits, more than 16 rows. Measured on an H200 with bfloat16; one wave of tiles."""
+
+_POINTERS: Menu = (
+    (14, Schedule("walk", 64, 32, 128, 4, 4)),
+    (15, Schedule("walk", 64, 64, 128, 4, 4)),
+    (20, Schedule("walk", 64, 128, 64, 4, 4)),
+    (26, Schedule("walk", 128, 128, 64, 8, 4)),
+)
+"""Everything else with more than 16 rows. Measured like _HOPPER."""
+
+_FEW_ROWS = 16
+_FINISH_US = 2.0
+"""Least time of a second kernel."""
+_FINISH_BYTES_US = 3e6
+"""Bytes of sums, written and read again, that a microsecond takes."""
 
 
 def pick(device: Device, problem: Problem) -> Schedule:
     """The schedule for a product of at least one element."""
     if problem.exact:
-        return _exact(problem)
-    if device.family == "amd":
-        return _one_instruction(device, problem, 64)
-    if device.major >= 10:
-        return _one_instruction(device, problem, 128 if device.major < 12 else 64)
-    if problem.bits == 32:
-        return _small(device, problem, 32)
-    if device.major == 9 and problem.tma and problem.m >= 512:
-        return _large(problem)
-    return _small(device, problem, 64)
+        found = _exact(device, problem)
+    elif device.family == "amd":
+        found = _one_tile(device, problem, 64)
+    elif device.major in (10, 11):
+        found = _one_tile(device, problem, 128)  # tcgen05 for all, also where mma would do
+    elif problem.m <= _FEW_ROWS:
+        found = _few_rows(problem)
+    else:
+        menu = _HOPPER if device.major == 9 and problem.tma else _POINTERS
+        found = _cheapest(device, problem, menu)
+    return _fitting(device, problem, found)
 
 
-def _exact(problem: Problem) -> Schedule:
-    """One multiply-add at a time, in order of k, whatever the tile."""
-    if problem.m <= 16:
-        return Schedule(_split(problem, 16, 32, 264), 16, 32, 32, 4, 3)
-    return Schedule(_split(problem, 64, 64, 264), 64, 64, 32, 8, 2)
+def _cheapest(device: Device, problem: Problem, menu: Menu) -> Schedule:
+    choices = [
+        choice
+        for us, schedule in menu
+        for choice in _choices(device, problem, us, schedule)
+        if schedule.kind != "tma" or _shared(problem, schedule) <= device.shared
+    ]
+    return min(choices)[1]
 
 
-def _one_instruction(device: Device, problem: Problem, block: int) -> Schedule:
-    """Tiles of one shape: nothing is known about whether other instructions add in this order."""
-    block_k = 64 if problem.bits == 16 else 32
-    kind = _split(problem, block, block, device.processors)
-    return Schedule(kind, block, block, block_k, 4 if block == 64 else 8, 2)
+def _choices(
+    device: Device, problem: Problem, us: int, schedule: Schedule
+) -> Iterator[tuple[float, Schedule]]:
+    """A menu's schedule, and the same with its chunks split, with the time each will take."""
+    tiles = _tiles(problem, schedule.block_m, schedule.block_n)
+    us_tile = us * problem.k / 4096
+    yield -(-tiles // device.processors) * us_tile, schedule
+    if problem.chunks > 1 and schedule.kind == "walk":
+        waves = -(-tiles * problem.chunks // device.processors)
+        moved = 8 * problem.batch * problem.m * problem.n * problem.chunks
+        us_sums = _FINISH_US + moved / _FINISH_BYTES_US
+        yield waves * us_tile / problem.chunks + us_sums, schedule._replace(kind="split")
 
 
-def _large(problem: Problem) -> Schedule:
-    if problem.chunks == 1:
-        return Schedule("tma", 128, 256, 64, 8, 4)
-    return Schedule("tma", 128, 128, 64, 8, 5)
+def _few_rows(problem: Problem) -> Schedule:
+    """Weights stream from memory: what counts is how many loads are under way."""
+    if problem.chunks > 1:
+        tiles = problem.batch * -(-problem.n // 16)
+        kind = "split" if tiles * problem.chunks < 1024 else "walk"
+        return Schedule(kind, 16, 16, 256, 2, 4)
+    if problem.n * problem.batch <= 4224:
+        return Schedule("walk", 16, 16, 256, 2, 6)
+    if problem.n * problem.batch < 6144:
+        return Schedule("walk", 16, 16, 128, 2, 6)
+    return Schedule("walk", 16, 64, 128, 4, 6 if problem.n * problem.batch <= 8448 else 4)
 
 
-def _small(device: Device, problem: Problem, block_k: int) -> Schedule:
-    """Few rows: weights stream from memory. More: tiles, split over chunks to fill the device."""
-    if problem.m <= 16:
-        return Schedule("walk", 16, 32, 2 * block_k, 4, 4)
-    if problem.m <= 64:
-        block_m = 32 if problem.m <= 32 else 64
-        block_n = 128 if problem.chunks > 1 else 64
-        return Schedule(
-            _split(problem, block_m, block_n, device.processors), block_m, block_n, block_k, 4, 4
-        )
-    return Schedule(_split(problem, 128, 128, device.processors), 128, 128, block_k, 8, 3)
+def _exact(device: Device, problem: Problem) -> Schedule:
+    """One multiply-add at a time in order of k, whatever the tile."""
+    if problem.m <= _FEW_ROWS:
+        found = Schedule("walk", 16, 32, 64, 4, 3)
+    else:
+        found = Schedule("walk", 64, 64, 64, 8, 2)
+    return _split_to_fill(device, problem, found)
 
 
-def _split(problem: Problem, block_m: int, block_n: int, processors: int) -> str:
-    """Whether tiles alone would leave multiprocessors idle."""
-    tiles = problem.batch * -(-problem.m // block_m) * -(-problem.n // block_n)
-    return "split" if problem.chunks > 1 and tiles < processors else "walk"
+def _one_tile(device: Device, problem: Problem, block: int) -> Schedule:
+    found = Schedule("walk", block, block, 64, 4 if block == 64 else 8, 2)
+    return _split_to_fill(device, problem, found)
+
+
+def _split_to_fill(device: Device, problem: Problem, schedule: Schedule) -> Schedule:
+    idle = _tiles(problem, schedule.block_m, schedule.block_n) < device.processors
+    return schedule._replace(kind="split") if problem.chunks > 1 and idle else schedule
+
+
+def _fitting(device: Device, problem: Problem, schedule: Schedule) -> Schedule:
+    """With a block of K that chunks are a multiple of, and no more stages than memory holds."""
+    block_k = schedule.block_k * 16 // problem.bits
+    if problem.chunks > 1:
+        while problem.chunk % block_k:
+            block_k //= 2
+    schedule = schedule._replace(block_k=block_k)
+    while schedule.stages > 1 and _shared(problem, schedule) > device.shared:
+        schedule = schedule._replace(stages=schedule.stages - 1)
+    return schedule
+
+
+def _tiles(problem: Problem, block_m: int, block_n: int) -> int:
+    return problem.batch * -(-problem.m // block_m) * -(-problem.n // block_n)
+
+
+def _shared(problem: Problem, schedule: Schedule) -> int:
+    """Bytes of shared memory, as far as Triton lets one know: stages, and a tile to be stored."""
+    _, block_m, block_n, block_k, _, stages, *_ = schedule
+    used = stages * (block_m + block_n) * block_k * problem.bits // 8
+    if schedule.kind != "tma":
+        return used
+    tile = block_m * block_n
+    return used + tile * problem.out_bits // 8 + (4 * tile if problem.full_bias else 0) + 1024

@@ -29,6 +29,7 @@ def _rounded(total, bias, at, ok, alpha, beta, HAS_BIAS: tl.constexpr, dtype: tl
     """Round beta * bias + alpha * total once; the order of operations is written out."""
     if HAS_BIAS:
         added = tl.load(bias + at, mask=ok, other=0.0).to(tl.float32) * beta
+        added = tl.broadcast_to(added, total.shape)
         total = tl.fma(total, tl.zeros_like(total) + alpha, added)
     else:
         total = total * alpha
@@ -183,6 +184,7 @@ def product_tma(
     A_TRANSPOSED: tl.constexpr,
     B_TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    FULL_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Tiles of out, as many programs as wanted: a, b and out are descriptors, zeros outside."""
@@ -225,16 +227,45 @@ def product_tma(
                 result = total + acc
                 total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            _store(result, out, bias, row, col, alpha, beta, m, n, bias_row, bias_col, HAS_BIAS)
+            _store(
+                result,
+                out,
+                bias,
+                row,
+                col,
+                alpha,
+                beta,
+                m,
+                n,
+                bias_row,
+                bias_col,
+                HAS_BIAS,
+                FULL_BIAS,
+            )
 
 
 @triton.jit
 def _store(
-    total, out, bias, row, col, alpha, beta, m, n, bias_row, bias_col, HAS_BIAS: tl.constexpr
+    total,
+    out,
+    bias,
+    row,
+    col,
+    alpha,
+    beta,
+    m,
+    n,
+    bias_row,
+    bias_col,
+    HAS_BIAS: tl.constexpr,
+    FULL_BIAS: tl.constexpr,
 ):
     """Round a tile and store it through a descriptor."""
     rows = row + tl.arange(0, total.shape[0])
     cols = col + tl.arange(0, total.shape[1])
-    ok = (rows < m)[:, None] & (cols < n)[None, :]
-    at = rows.to(tl.int64)[:, None] * bias_row + cols.to(tl.int64)[None, :] * bias_col
+    ok = (cols < n)[None, :]
+    at = cols.to(tl.int64)[None, :] * bias_col
+    if FULL_BIAS:
+        ok = (rows < m)[:, None] & ok
+        at = rows.to(tl.int64)[:, None] * bias_row + at
     out.store([row, col], _rounded(total, bias, at, ok, alpha, beta, HAS_BIAS, out.dtype))
