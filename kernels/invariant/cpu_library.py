@@ -23,7 +23,8 @@ HEADERS = {
     "scores": ("cpu_exp.h", "attention_cpu.h"),
 }
 """Name of a library -> what it is made of."""
-_PARALLEL = 32_768  # elements or multiply-adds below which one thread is faster
+_PARALLEL = 32_768  # elements below which one thread is faster
+_MULTIPLICATIONS = 16  # take the time of one element
 
 _runs: Once[Run | None] = Once()
 
@@ -33,8 +34,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def threads(work: int) -> int:
-    """Threads for `work` elements or multiply-adds."""
+def threads(elements: int, multiplications: int = 0) -> int:
+    """Threads for work on so many elements, or so many multiply-adds."""
+    work = elements + multiplications // _MULTIPLICATIONS
     return torch.get_num_threads() if work >= _PARALLEL else 1
 
 

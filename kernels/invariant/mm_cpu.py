@@ -106,7 +106,7 @@ def product(
             *b.stride(),
             *(_NO_STRIDES if bias is None else bias.stride()),
             *(TYPES[a.dtype], TYPES[written], skip_zeros),
-            cpu_library.threads(out.numel() * k),
+            cpu_library.threads(0, out.numel() * k),
             *(alpha, beta),
         )
     )
