@@ -28,16 +28,8 @@ DEVICES = {
     "gfx950": Device("amd", 9, 256, 64 << 10),
 }
 each_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
-ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
-SHAPES = (
-    (4096, 4096),
-    (4096, 14_336),
-    (14_336, 4096),
-    (4096, 6144),
-    (4096, 151_936),
-    (4096, 1024),
-    (64, 64),
-)
+ROWS = (1, 64, 128, 256, 512, 4096)
+SHAPES = ((4096, 4096), (4096, 6144), (4096, 151_936), (4096, 1024), (64, 64))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,7 +77,8 @@ def problem(m, n, k, batch=1, bits=16, exact=False, tma=True, out_bits=0, full_b
 def every_schedule(device: Device) -> set[tuple[Schedule, bool, int, bool]]:
     """All that is picked for ROWS and SHAPES: (schedule, one chunk, bits, exact)."""
     found = set()
-    for bits, exact in ((16, False), (32, False), (32, True)):
+    tf32 = [(32, False)] if device.family == "nvidia" else []
+    for bits, exact in ((16, False), *tf32, (32, True)):
         for k, n in SHAPES:
             for m in ROWS:
                 for batch, tma in ((1, True), (1, False), (8, False)):
@@ -112,10 +105,9 @@ def test_schedules_keep_to_the_chunks(device):
 def test_one_tile_where_instructions_may_differ(name):
     for bits in (16, 32):
         found = {
-            s[1:4]
-            for s, _, found, exact in every_schedule(DEVICES[name])
-            if found == bits
-            if not exact
+            schedule[1:4]
+            for schedule, _, other, exact in every_schedule(DEVICES[name])
+            if other == bits and (name != 100 or not exact)
         }
         assert len(found) == 1
 
@@ -213,7 +205,7 @@ def test_amd_uses_one_matrix_instruction(target):
     for bits in (16, 32):
         names = set()
         for schedule, single, found, exact in every_schedule(DEVICES[target[1]]):
-            if found == bits and not exact:
+            if found == bits:
                 text = compiled(schedule, single, bits, exact, target).asm["amdgcn"]
                 names |= set(re.findall(r"v_mfma_\w+", text))
         assert len(names) == 1, names

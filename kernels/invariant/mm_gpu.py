@@ -40,7 +40,8 @@ def matmul(
         alpha: factor of the product, taken as float32.
         beta: factor of the bias; 0 ignores the bias, NaN in it too.
         out_dtype: of the result, a's dtype if None. float32 is not rounded on the way.
-        tf32: for float32 operands, whether their products may be made of 10-bit mantissas.
+        tf32: for float32 operands, whether their products may be made of 10-bit mantissas; not
+            done on AMD GPUs.
 
     Returns:
         (M, N) or (B, M, N), contiguous. The bits of a row are a function of that row of a, of b,

@@ -43,6 +43,7 @@ def planned(
     bias_steps = None if bias is None else _bias_steps(bias, shape)
     if not shape.numel() or not a.shape[-1]:
         return Trivial(shape, out_dtype)
+    tf32 = tf32 and torch.version.hip is None  # not all AMD GPUs have it; exact is allowed
     full_bias = bias_steps is not None and bias_steps[1] != 0
     problem = _problem(a, b, out_dtype, tf32, aligned, full_bias)
     index = a.get_device()

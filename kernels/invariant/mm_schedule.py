@@ -91,10 +91,10 @@ _FINISH_BYTES_US = 3e6
 
 def pick(device: Device, problem: Problem) -> Schedule:
     """The schedule for a product of at least one element."""
-    if problem.exact:
-        found = _exact(device, problem)
-    elif device.family == "amd":
+    if device.family == "amd":
         found = _one_tile(device, problem, 64)
+    elif problem.exact:
+        found = _exact(device, problem)
     elif device.major in (10, 11):
         found = _one_tile(device, problem, 128)  # tcgen05 for all, also where mma would do
     elif problem.m <= _FEW_ROWS:
