@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write(args.json, json.dumps(data, indent=1))
     if args.html:
-        write(args.html, page(diff))
+        write(args.html, page(diff, data.get("numerics")))
     print(diff_text.text(diff, args.all, args.graph, _colour(args.color)))
     if numbers:
         print(f"\n{numerics.text(numbers)}")

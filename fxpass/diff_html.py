@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fxpass.diff import Diff, SiteDiff
 from fxpass.diff_svg import picture
@@ -35,12 +37,29 @@ class Summary:
     kernels: dict[str, int]
     nodes_before: int
     nodes_after: int
+    launches: Counted
+    bytes: Counted
     bytes_copied: int
     numerics: dict[str, int]
 
 
-def page(diff: Diff) -> str:
-    """The whole file."""
+@dataclass(frozen=True)
+class Counted:
+    """A sum before and after, over the norms where both are known."""
+
+    before: int
+    after: int
+    known: int
+    left_out: int
+
+    def __str__(self) -> str:
+        if not self.known:
+            return "not known"
+        return f"{self.before:,} → {self.after:,}"
+
+
+def page(diff: Diff, numbers: Mapping[str, Any] | None = None) -> str:
+    """The whole file. `numbers`: what `numerics.Numbers.to_dict` gives, if it was measured."""
     import jinja2
 
     folder = Path(__file__).parent / "templates"
@@ -54,13 +73,21 @@ def page(diff: Diff) -> str:
     kinds = _kinds(diff.sites)
     return environment.get_template(_TEMPLATE).render(
         diff=diff,
+        numbers=numbers,
         summary=_summary(diff),
         kinds=[_drawn(sites) for sites in kinds],
         kind_of={id(site): index for index, sites in enumerate(kinds) for site in sites},
         identify=id,
-        records=[json.dumps(site, indent=1) for site in diff.to_dict()["sites"]],
+        records=[_record(site) for site in diff.sites],
+        misses=[json.dumps(dataclasses.asdict(miss), indent=1) for miss in diff.report.declined],
         report=diff.report.to_json(),
     )
+
+
+def _record(site: SiteDiff) -> str:
+    """What the button at a norm copies: its record, and its nodes on both sides."""
+    data = dataclasses.asdict(site.record)
+    return json.dumps({**data, "before": site.before, "after": site.after}, indent=1)
 
 
 def _summary(diff: Diff) -> Summary:
@@ -72,9 +99,18 @@ def _summary(diff: Diff) -> Summary:
         kernels=diff.report.kernels,
         nodes_before=sum(site.nodes_before for site in sites),
         nodes_after=sum(site.nodes_after for site in sites),
+        launches=_counted((site.launches_before, site.launches_after) for site in sites),
+        bytes=_counted((site.bytes_before, site.bytes_after) for site in sites),
         bytes_copied=sum(site.bytes_copied or 0 for site in sites),
         numerics=dict(Counter(site.numerics for site in sites)),
     )
+
+
+def _counted(pairs: Iterable[tuple[int | None, int | None]]) -> Counted:
+    listed = list(pairs)
+    known = [(old, new) for old, new in listed if old is not None and new is not None]
+    before, after = sum(old for old, _ in known), sum(new for _, new in known)
+    return Counted(before, after, len(known), len(listed) - len(known))
 
 
 def _kinds(sites: Sequence[SiteDiff]) -> list[list[SiteDiff]]:

@@ -6,7 +6,7 @@ from html import escape
 
 from fxpass.diff import Flow
 
-_WIDE, _HIGH, _GAP_X, _GAP_Y, _EDGE = 184, 40, 16, 26, 48
+_WIDE, _HIGH, _GAP_X, _GAP_Y, _EDGE = 184, 40, 16, 26, 60
 
 
 def picture(flow: Flow, title: str) -> str:
@@ -14,7 +14,7 @@ def picture(flow: Flow, title: str) -> str:
     layers = _layers(flow)
     places = _places(layers)
     width = max(len(layer) for layer in layers) * (_WIDE + _GAP_X) - _GAP_X + 2 * _EDGE
-    height = len(layers) * (_HIGH + _GAP_Y) - _GAP_Y + 2 * _EDGE
+    height = len(layers) * (_HIGH + _GAP_Y) - _GAP_Y + 2 * _GAP_Y
     lines = [_line(places[edge.source], places[edge.target]) for edge in flow.edges]
     boxes = [
         _box(label, places[index], "input" if index < flow.inputs else "node")
@@ -48,7 +48,7 @@ def _places(layers: list[list[int]]) -> dict[int, tuple[int, int]]:
     for level, layer in enumerate(layers):
         start = _EDGE + (most - len(layer)) * (_WIDE + _GAP_X) // 2
         for column, index in enumerate(layer):
-            left, top = start + column * (_WIDE + _GAP_X), _EDGE + level * (_HIGH + _GAP_Y)
+            left, top = start + column * (_WIDE + _GAP_X), _GAP_Y + level * (_HIGH + _GAP_Y)
             found[index] = (left, top)
     return found
 
@@ -58,11 +58,8 @@ def _line(source: tuple[int, int], target: tuple[int, int]) -> str:
     x2, y2 = target[0] + _WIDE // 2, target[1]
     bend = (y2 - y1) // 2
     if bend > _GAP_Y:  # past other boxes, so around them
-        aside = _WIDE * 3 // 4
-        return (
-            f'<path class="flow" d="M{x1} {y1}C{x1 + aside} {y1 + _GAP_Y}'
-            f' {x2 + aside} {y2 - _GAP_Y} {x2} {y2}"/>'
-        )
+        aside = _WIDE * 21 // 20
+        return f'<path class="flow" d="M{x1} {y1}C{x1 + aside} {y1} {x2 + aside} {y2} {x2} {y2}"/>'
     return f'<path class="flow" d="M{x1} {y1}C{x1} {y1 + bend} {x2} {y2 - bend} {x2} {y2}"/>'
 
 

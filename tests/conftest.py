@@ -28,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write golden files and README tables instead of comparing with them",
     )
+    parser.addoption(
+        "--screenshots",
+        default=str(GOLDEN.parent.parent / "build" / "screenshots"),
+        help="folder for the screenshots of the HTML page, which a browser takes",
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

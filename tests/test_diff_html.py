@@ -75,6 +75,49 @@ def test_pictures_hold_every_value(made) -> None:
     assert "<title>a &lt; b</title>" in svg
 
 
+def summary_of(text: str) -> dict[str, str]:
+    found = re.findall(r"<dt>(.*?)</dt><dd[^>]*>(.*?)</dd>", text)
+    return {name.removesuffix(" *"): html.unescape(value) for name, value in found}
+
+
+def test_summary_counts_launches_and_bytes() -> None:
+    model, args = make_misspelt()
+    options = Options(providers=("cpu",), strict=True)
+    with inside_inductor():
+        graphs = target.Target("model", model, args).graphs()
+        found = diff.of_graphs("model", graphs, options)
+    shown = summary_of(page(found))
+    sites = found.report.rewritten
+    old, new = sum(s.bytes_before for s in sites), sum(s.bytes_after for s in sites)
+    assert shown["launches of these norms"] == "35 → 4"
+    assert shown["bytes read and written by them"] == f"{old:,} → {new:,}"
+    assert old > 5 * new
+    assert "Left out" not in page(found)
+
+
+def test_summary_says_what_is_not_counted(made) -> None:
+    known = dataclasses.replace(
+        made.report.rewritten[0], launches_before=8, launches_after=1, bytes_before=9
+    )
+    report = dataclasses.replace(made.report, rewritten=[known, *made.report.rewritten[1:]])
+    text = page(dataclasses.replace(made, report=report))
+    assert summary_of(text)["launches of these norms"] == "8 → 1"
+    assert summary_of(text)["bytes read and written by them"] == "not known"
+    said = " ".join(re.findall(r'<p class="note">(.*?)</p>', text, re.DOTALL)[0].split())
+    assert "Left out: 3 norms of kernels that are not one launch" in said
+    assert "for the bytes also 1 norms with sizes that are known only at run time" in said
+
+
+def test_numerics_are_on_the_page(made) -> None:
+    assert 'id="numerics"' not in page(made)
+    change = {"elements": 1024, "differ": 17, "ulps": 3}
+    site = {"name": "layers.1", "location": "m.py:1", "kernel": "k", "label": "", "change": change}
+    whole = {"what": "rewritten / eager", "change": change, "top1": 0.5, "first_output": 0}
+    text = page(made, {"sites": [site], "whole": [whole], "first_site": 0})
+    assert "The first difference enters at layers.1." in text
+    assert "<td>rewritten / eager</td><td>1024</td><td>17</td><td>3</td><td>50.00 %</td>" in text
+
+
 def test_kinds_are_drawn_once(made) -> None:
     text = page(large(made, 500))
     assert text.count('<details class="entry" data-type="site"') == 500
@@ -143,12 +186,3 @@ def test_in_a_browser_with_500_sites(made, tmp_path: Path, width: int) -> None:
     assert found["wide"] <= found["inner"], "the page scrolls sideways"
     assert found["copied"] in (500, "clipboard")
     assert found["button"] == "copied"
-
-
-@needs_browser
-@pytest.mark.slow
-def test_screenshot(made, tmp_path: Path) -> None:
-    path, image = tmp_path / "page.html", tmp_path / "page.png"
-    path.write_text(page(made))
-    browse(path, f"--screenshot={image}", "--window-size=1400,2200")
-    assert image.read_bytes().startswith(b"\x89PNG")
