@@ -9,7 +9,7 @@ Heavy modules (Inductor, Dynamo) are imported inside the functions that need the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -349,15 +349,16 @@ def set_thread_value(key: str, value: Any) -> None:
     torch._C._stash_obj_in_tls(key, value)
 
 
-def override(
-    leaves: Mapping[str, Callable[[Any], Callable[..., Any]]],
-    composites: Mapping[str, Callable[[Any], Callable[..., Any]]],
-) -> Callable[[], None]:
+Kernels = Mapping[str, Callable[[Any], Callable[..., Any]]]
+
+
+def override(leaves: Kernels, on_cpu: Kernels, composites: Kernels) -> Callable[[], None]:
     """Replace ATen operators; what is returned puts back what was there.
 
     The names are overloads (`mm`, `mm.out`). Each function gets the kernel there is, whose
     `call_boxed(keyset, *args)` runs it, and gives the new one, which takes (keyset, *args). Leaves
-    are replaced for CPU and CUDA tensors where they have kernels, composites where they decompose.
+    are replaced for CPU and CUDA tensors where they have kernels, or on the CPU only; composites
+    where they decompose.
     torch.library would forget on the way out that somebody else's Python kernel is registered.
     """
     import warnings
@@ -366,9 +367,11 @@ def override(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "Overriding a previously registered kernel"
-            for name, key in _places(leaves):
+            devices = ("CPU", "CUDA") if torch.cuda.is_available() else ("CPU",)
+            places = [*_places(leaves, devices), *_places(on_cpu, ("CPU",))]
+            for name, key, make in places:
                 original = torch.library.get_kernel(f"aten::{name}", key)
-                library.impl(name, key, leaves[name](original), True)
+                library.impl(name, key, make(original), True)
             for name in composites:
                 original = torch.library.get_kernel(f"aten::{name}", "CPU")
                 library.impl(name, "CompositeImplicitAutograd", composites[name](original), True)
@@ -378,16 +381,15 @@ def override(
     return lambda: library.reset()
 
 
-def _places(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(overload, dispatch key) where an operator has a kernel of its own below autograd."""
+def _places(kernels: Kernels, keys: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
+    """(overload, dispatch key, kernel) where an operator has a kernel of its own below autograd."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    devices = ("CPU", "CUDA") if torch.cuda.is_available() else ("CPU",)
-    for name in names:
+    for name, make in kernels.items():
         full = f"aten::{name}"
         if not torch._C._dispatch_has_kernel(full):
             continue
         everywhere = any(has(full, f"CompositeExplicitAutograd{s}") for s in ("", "NonFunctional"))
-        yield from ((name, key) for key in devices if everywhere or has(full, key))
+        yield from ((name, key, make) for key in keys if everywhere or has(full, key))
 
 
 def tf32_allowed() -> bool:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fxpass import torch_private
+from fxpass.invariant import pointwise
 from fxpass.invariant.aten import Operator
-from fxpass.invariant.table import COMPOSITES, LEAVES
+from fxpass.invariant.table import COMPOSITES, CPU_POINTWISE, LEAVES
 
 _KEY = "fxpass.batch_invariant"
 
@@ -100,6 +101,7 @@ def _register() -> Callable[[], None]:
     """Register everything; what comes back takes it back."""
     return torch_private.override(
         {name: functools.partial(_leaf, function) for name, function in LEAVES.items()},
+        {name: functools.partial(_on_cpu, name, f) for name, f in CPU_POINTWISE.items()},
         {name: functools.partial(_composite, function) for name, function in COMPOSITES.items()},
     )
 
@@ -120,6 +122,16 @@ def _leaf(function: Operator, original: Any) -> Operator:
         return call_original(keyset, *args, **kwargs)
 
     return kernel
+
+
+def _on_cpu(name: str, function: Operator, original: Any) -> Operator:
+    """The kernel of an element-wise operator, to which C++ may give numbers as tensors."""
+    kernel, at = _leaf(function, original), pointwise.tensors_at(name)
+    if len(at) < 2:
+        return kernel
+    return lambda keyset, *args, **kwargs: kernel(
+        keyset, *pointwise.without_numbers(args, at), **kwargs
+    )
 
 
 def _composite(function: Operator, original: Any) -> Operator:

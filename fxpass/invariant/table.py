@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from fxpass.invariant import attention, attention_op, norms, products, reductions
+from fxpass.invariant import attention, attention_op, norms, pointwise, products, reductions
 from fxpass.invariant.aten import Operator, in_place, into
 
 _PRODUCTS: dict[str, Operator] = {
@@ -100,3 +100,6 @@ COMPOSITES = MappingProxyType(
 )
 """Replaced where torch opens them into other operators, above autograd, because how it opens them
 follows strides, the number of rows or the device; differentiable."""
+
+CPU_POINTWISE = MappingProxyType(pointwise.table())
+"""Replaced at the CPU key: torch's own bits follow an element's place in memory."""
