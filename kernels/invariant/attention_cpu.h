@@ -48,7 +48,8 @@ static inline void row_of_scores(const FxScores& a, fx_i64 r) {
   const C sum = sum_over(keys, [=](fx_i64 j) { return score[j] = exponential(score[j] - shift); });
   for (fx_i64 j = keys; j < a.keys; ++j) score[j] = 0;
   a.sums[r] = sum == 0 ? (C)1 : sum;
-  a.logs[(batch * a.heads + head) * a.length + query] = sum == 0 ? (C)0 : shift + logarithm(sum);
+  a.logs[(batch * a.heads + head) * a.length + query] =
+      stored<C>(sum == 0 ? (C)0 : shift + logarithm(sum));
 }
 
 extern "C" __attribute__((visibility("default"))) void fxpass_scores(const FxScores* a) {

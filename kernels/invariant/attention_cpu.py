@@ -13,7 +13,7 @@ import struct
 
 import torch
 
-from fxpass.kernels.invariant import cpu_library, reduce_plain
+from fxpass.kernels.invariant import cpu_library, mm_plain, reduce_plain
 from fxpass.kernels.invariant.cpu_library import TYPES, wide
 from fxpass.kernels.invariant.mm_cpu import product
 
@@ -99,8 +99,9 @@ def _block(
     scores = product(shared, k.transpose(2, 3), out_dtype=wide(q.dtype))
     keys = k.shape[2]
     sums = _exponentials(scores.view(batch, heads, rows, keys), logs, mask, first, causal, scale)
-    found = product(scores, v, skip_zeros=True).view(batch, heads, rows, v.shape[3])
-    out[:, :, first:last] = found.div_(sums[..., None])
+    divisor = sums.view(batch, groups, -1)
+    found = product(scores, v, out_dtype=out.dtype, divisor=divisor, skip_zeros=True)
+    out[:, :, first:last] = found.view(batch, heads, rows, v.shape[3])
 
 
 def _exponentials(
@@ -156,7 +157,7 @@ def _plain_exponentials(
     total = reduce_plain.summed(flat)
     sums.copy_(torch.where(total == 0, 1.0, total).view(sums.shape))
     found = torch.where(total == 0, 0.0, shift + reduce_plain.logarithm(total))
-    logs[:, :, first:last] = found.view(sums.shape)
+    logs[:, :, first:last] = mm_plain.one_nan(found.view(sums.shape))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -20,14 +20,16 @@ struct Wide<f64> {
 };
 typedef typename Wide<Element>::type C;
 
-// One rounding to O.
+// One rounding to O. A NaN has one bit pattern: which of two NaNs survives an operation, and how it
+// is narrowed, differs between instructions.
 template <class O>
-static inline O stored(float v) {
-  return narrow<O>(v);
-}
-template <class O>
-static inline f64 stored(f64 v) {
-  return v;
+static inline O stored(C v) {
+  v = v == v ? v : (C)__builtin_nanf("");
+  if constexpr (sizeof(C) == 8) {
+    return v;
+  } else {
+    return narrow<O>(v);
+  }
 }
 
 // Runs task(i) for i in [0, count); which thread runs a task changes no bit.

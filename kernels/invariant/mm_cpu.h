@@ -3,8 +3,7 @@
 // Order: K is cut into chunks of 256. Within a chunk an output element is one chain of fused
 // multiply-adds over k, from zero; the chunks' sums are added in order. Everything else here (tiles,
 // packing, threads, the width of registers, which of the loops runs) only decides when an element
-// is computed: each fused multiply-add is one IEEE operation wherever it sits. A NaN result
-// has one bit pattern: which of several NaNs survives an operation is up to the instruction.
+// is computed: each fused multiply-add is one IEEE operation wherever it sits.
 #pragma once
 
 #include <stdlib.h>
@@ -35,8 +34,9 @@ enum { WIDTH = 16, VECTORS = 4, TILE = 6 };
 struct FxProduct {
   const void* a;
   const void* b;
-  const void* bias;  // of type C, or null
-  void* out;         // contiguous
+  const void* bias;     // of type C, or null
+  const void* divisor;  // of type C, (outer, inner, m), contiguous, or null; not with a bias
+  void* out;            // contiguous
   fx_i64 outer, inner, m, n, k;
   fx_i64 a_stride[4];     // outer, inner, m, k
   fx_i64 b_stride[4];     // outer, inner, k, n
@@ -220,7 +220,7 @@ struct Block {  // of the output
 
 template <class O>
 static inline void write_block(const FxProduct& p, const Block& at, const C* sums, fx_i64 pitch) {
-  const C alpha = (C)p.alpha, beta = (C)p.beta, nan = __builtin_nanf("");
+  const C alpha = (C)p.alpha, beta = (C)p.beta;
   const fx_i64 batch = at.outer * p.inner + at.inner;
   for (fx_i64 r = 0; r < at.rows; ++r) {
     const C* __restrict from = sums + r * pitch;
@@ -231,19 +231,18 @@ static inline void write_block(const FxProduct& p, const Block& at, const C* sum
       bias += at.outer * p.bias_stride[0] + at.inner * p.bias_stride[1];
       bias += (at.row + r) * p.bias_stride[2] + at.column * step;
     }
-    auto whole = [=](fx_i64 j, C value) {
-      C sum = alpha * from[j] + value;
-      to[j] = stored<O>(sum == sum ? sum : nan);
+    auto write = [=](auto finished) {
+      for (fx_i64 j = 0; j < at.columns; ++j) to[j] = stored<O>(finished(alpha * from[j], j));
     };
-    if (!bias) {
-      for (fx_i64 j = 0; j < at.columns; ++j) {
-        C sum = alpha * from[j] + (C)0;  // -0, the sum of nothing, becomes 0
-        to[j] = stored<O>(sum == sum ? sum : nan);
-      }
+    if (p.divisor) {
+      const C by = ((const C*)p.divisor)[batch * p.m + at.row + r];
+      write([=](C sum, fx_i64) { return (sum + (C)0) / by; });
+    } else if (!bias) {
+      write([=](C sum, fx_i64) { return sum + (C)0; });  // -0, the sum of nothing, becomes 0
     } else if (step == 1) {
-      for (fx_i64 j = 0; j < at.columns; ++j) whole(j, beta * bias[j]);
+      write([=](C sum, fx_i64 j) { return sum + beta * bias[j]; });
     } else {
-      for (fx_i64 j = 0; j < at.columns; ++j) whole(j, beta * bias[j * step]);
+      write([=](C sum, fx_i64 j) { return sum + beta * bias[j * step]; });
     }
   }
 }

@@ -14,7 +14,7 @@ import torch
 from fxpass.kernels.invariant import cpu_library, mm_plain
 from fxpass.kernels.invariant.cpu_library import TYPES, wide
 
-_FORMAT = struct.Struct("4P 5q 4q 4q 4q 4q 2d")  # FxProduct of mm_cpu.h
+_FORMAT = struct.Struct("5P 5q 4q 4q 4q 4q 2d")  # FxProduct of mm_cpu.h
 _NO_STRIDES = (0, 0, 0, 0)
 
 
@@ -68,6 +68,7 @@ def product(
     alpha: float = 1.0,
     beta: float = 1.0,
     out_dtype: torch.dtype | None = None,
+    divisor: torch.Tensor | None = None,
     skip_zeros: bool = False,
 ) -> torch.Tensor:
     """The product behind `matmul`, of two leading dims: (P, Q, M, K) @ (P, Q, K, N).
@@ -79,6 +80,8 @@ def product(
         alpha: As in `matmul`.
         beta: As in `matmul`.
         out_dtype: Of the output; None is that of `a`.
+        divisor: (P, Q, M) of the dtype that `wide` gives, contiguous, or None: divides the rows of
+            the sum before it is rounded. Not together with `bias`.
         skip_zeros: A zero in `a` adds nothing even where `b` holds NaN or infinity, and leaves the
             bits as if its k did not exist.
     """
@@ -94,12 +97,13 @@ def product(
         return (out if bias is None else out + beta * bias).to(made)
     run = cpu_library.library("product", b.dtype)
     if run is None:
-        return mm_plain.product(a, b, bias, alpha, beta, skip_zeros).to(made)
+        return mm_plain.product(a, b, bias, alpha, beta, divisor, skip_zeros, made)
     run(
         _FORMAT.pack(
             a.data_ptr(),
             b.data_ptr(),
             0 if bias is None else bias.data_ptr(),
+            0 if divisor is None else divisor.data_ptr(),
             out.data_ptr(),
             *(outer, inner, m, n, k),
             *a.stride(),

@@ -19,9 +19,11 @@ def product(
     bias: torch.Tensor | None,
     alpha: float,
     beta: float,
+    divisor: torch.Tensor | None,
     skip_zeros: bool,
+    out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """As mm_cpu.product, in the dtype that `wide` gives."""
+    """As mm_cpu.product."""
     dtype = wide(b.dtype)
     a, b = a.to(dtype), b.to(dtype)
     k = a.shape[-1]
@@ -31,7 +33,14 @@ def product(
         total += _chunk(a[..., start:end], b[..., start:end, :], skip_zeros)
     total *= alpha
     total += 0.0 if bias is None else beta * bias
-    return total.masked_fill_(total.isnan(), torch.nan)  # one bit pattern, as in mm_cpu.h
+    if divisor is not None:
+        total /= divisor[..., None]
+    return one_nan(total.to(out_dtype))
+
+
+def one_nan(x: torch.Tensor) -> torch.Tensor:
+    """`x` with every NaN of one bit pattern, as `stored` of cpu_words.h."""
+    return x.masked_fill_(x.isnan(), torch.nan)
 
 
 def _chunk(a: torch.Tensor, b: torch.Tensor, skip_zeros: bool) -> torch.Tensor:

@@ -4,11 +4,13 @@
 struct FxRows {
   const void* x;       // rows of `size` contiguous elements, `stride` apart
   void* out;           // rows x size, contiguous, or null
-  void* first;         // one of type C per row, or null
+  void* first;         // one per row, or null
   void* second;
   const void* weight;  // `size` of type C, or null
   const void* bias;
-  fx_i64 rows, size, stride, what, out_is_wide, threads;
+  fx_i64 rows, size, stride, what;
+  fx_i64 wide;         // outputs are of type C, not of the element type; a layer norm's rows always
+  fx_i64 threads;
   double p, eps;
 };
 // What to do, as in reduce_cpu.py.
@@ -98,8 +100,8 @@ template <class O>
 static inline void layer_norm(const FxRows& a, const Element* x, fx_i64 r) {
   const C mean = mean_of(a, x), var = squared_deviations(a, x, mean) / (C)a.size;
   const C scale = (C)1 / root(var + (C)a.eps);
-  ((C*)a.first)[r] = mean;
-  ((C*)a.second)[r] = scale;
+  ((C*)a.first)[r] = stored<C>(mean);
+  ((C*)a.second)[r] = stored<C>(scale);
   O* __restrict out = (O*)a.out + r * a.size;
   const C *weight = (const C*)a.weight, *bias = (const C*)a.bias;
   auto write = [=](auto affine) {
@@ -124,19 +126,20 @@ template <class O>
 static inline void one_row(const FxRows& a, fx_i64 r) {
   const Element* x = (const Element*)a.x + r * a.stride;
   switch (a.what) {
-    case LOGSUMEXP: ((C*)a.first)[r] = logsumexp(a, x); break;
+    case LOGSUMEXP: ((O*)a.first)[r] = stored<O>(logsumexp(a, x)); break;
     case SOFTMAX:
     case LOG_SOFTMAX: softmax(a, x, (O*)a.out + r * a.size); break;
     case VAR_MEAN: {
       const C mean = mean_of(a, x);
       const double rest = (double)a.size - a.p;
-      ((C*)a.first)[r] = squared_deviations(a, x, mean) / (C)(rest > 0 ? rest : 0);
-      ((C*)a.second)[r] = mean;
+      const C divisor = (C)(rest > 0 ? rest : 0);
+      ((O*)a.first)[r] = stored<O>(squared_deviations(a, x, mean) / divisor);
+      ((O*)a.second)[r] = stored<O>(mean);
       break;
     }
     case LAYER_NORM: layer_norm<O>(a, x, r); break;
     case CUMSUM: cumulate(a, x, (O*)a.out + r * a.size); break;
-    default: ((C*)a.first)[r] = reduced(a, x);
+    default: ((O*)a.first)[r] = stored<O>(reduced(a, x));
   }
 }
 
@@ -147,6 +150,6 @@ extern "C" __attribute__((visibility("default"))) void fxpass_rows(const FxRows*
   each((a->rows + rows - 1) / rows, a->threads, [=](fx_i64 task) {
     const fx_i64 end = (task + 1) * rows < a->rows ? (task + 1) * rows : a->rows;
     for (fx_i64 r = task * rows; r < end; ++r)
-      a->out_is_wide ? one_row<C>(*a, r) : one_row<Element>(*a, r);
+      a->wide ? one_row<C>(*a, r) : one_row<Element>(*a, r);
   });
 }

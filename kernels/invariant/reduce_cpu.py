@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 
 import torch
 
@@ -67,7 +68,7 @@ def row_softmax(x: Tensor, *, dtype: torch.dtype, log: bool) -> Tensor:
 def row_var_mean(x: Tensor, correction: float, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(..., R) -> variance (...), mean (...). The variance divides by max(R - correction, 0)."""
     x = _computable(x, dtype)
-    var, mean = _per_row(x), _per_row(x)
+    var, mean = (_made(x, x.shape[:-1], dtype) for _ in range(2))
     _run("var_mean", x, first=var, second=mean, p=float(correction))
     return var.to(dtype), mean.to(dtype)
 
@@ -86,7 +87,8 @@ def row_layer_norm(
     for name, shared in (("weight", weight), ("bias", bias)):
         if shared is not None and shared.shape != x.shape[-1:]:
             raise ValueError(f"{name} is {tuple(shared.shape)}, a row of x {x.shape[-1]}")
-    out, mean, rstd = torch.empty(x.shape, dtype=x.dtype), _per_row(x), _per_row(x)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    mean, rstd = (_made(x, x.shape[:-1], wide(x.dtype)) for _ in range(2))
     affine = [None if t is None else t.to(mean.dtype).contiguous() for t in (weight, bias)]
     _run("layer_norm", x, out, mean, rstd, *affine, eps=eps)
     return out, mean, rstd
@@ -99,14 +101,14 @@ def row_cumsum(x: Tensor, *, dtype: torch.dtype) -> Tensor:
 
 def _reduced(what: str, x: Tensor, dtype: torch.dtype, p: float = 0.0) -> Tensor:
     x = _computable(x, dtype)
-    out = _per_row(x)
+    out = _made(x, x.shape[:-1], dtype)
     _run(what, x, first=out, p=p)
     return out.to(dtype)
 
 
 def _mapped(what: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     x = _computable(x, dtype)
-    out = torch.empty(x.shape, dtype=dtype if dtype in (x.dtype, wide(x.dtype)) else wide(x.dtype))
+    out = _made(x, x.shape, dtype)
     _run(what, x, out)
     return out.to(dtype)
 
@@ -118,8 +120,10 @@ def _computable(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(torch.float64) if dtype == torch.float64 else x
 
 
-def _per_row(x: Tensor) -> Tensor:
-    return torch.empty(x.shape[:-1], dtype=wide(x.dtype))
+def _made(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An output of `dtype`, if the library of x writes it, else of the type that x is summed in."""
+    written = dtype if dtype in (x.dtype, wide(x.dtype)) else wide(x.dtype)
+    return torch.empty(shape, dtype=written)
 
 
 def _run(
@@ -145,11 +149,13 @@ def _run(
         reduce_plain.run(what, x, out, first, second, weight, bias, p, eps)
         return
     tensors = (x, out, first, second, weight, bias)
+    made = first if out is None else out
+    assert made is not None
     run(
         _FORMAT.pack(
             *(0 if t is None else t.data_ptr() for t in tensors),
             *(rows, size, x.stride(0), _WHAT[what]),
-            out is not None and out.dtype != x.dtype,
+            made.dtype != x.dtype,
             cpu_library.threads(rows * size),
             *(p, eps),
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from fxpass.kernels.invariant.cpu_library import wide
+from fxpass.kernels.invariant.mm_plain import one_nan
 
 Tensor = torch.Tensor
 
@@ -44,7 +45,7 @@ def run(
         found = [None, _reduced(what, x, p), None]
     for target, made in zip((out, first, second), found, strict=True):
         if target is not None and made is not None:
-            target.view(made.shape).copy_(made)
+            one_nan(target.view(made.shape).copy_(made))
 
 
 def summed(x: Tensor) -> Tensor:
