@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
     parser = command(commands, "kernels", about, _KERNELS, run_kernels)
     parser.add_argument("--platform", help=f"only kernels for one of: {', '.join(PLATFORMS)}")
     parser.add_argument("--json", action="store_true", help="print the contracts as JSON")
-    about = "examine this machine: versions, providers, caches, hooks, overrides, eps"
+    about = "examine this machine: versions, providers, caches, hooks, overrides, eps, literals"
     parser = command(commands, "doctor", about, _DOCTOR, run_doctor)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if there is a warning")

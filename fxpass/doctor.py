@@ -10,17 +10,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from fxpass import capture, pipeline, torch_private
+from fxpass.dtypes import short
 from fxpass.hooks import HOOK
 from fxpass.kernels import kernels
 from fxpass.kernels.build_cache import cache_dir
 from fxpass.options import Options
 
-PACKAGES = ("torch", "triton", "transformers", "diffusers", "vllm", "sglang", "flashinfer-python")
+PACKAGES = ("triton", "transformers", "diffusers", "vllm", "sglang", "flashinfer-python")
 HOOKS = (
     "pre_grad_custom_pass", "joint_custom_pre_pass", "joint_custom_post_pass",
     "post_grad_custom_pre_pass", "post_grad_custom_post_pass",
@@ -34,6 +36,15 @@ CALLED_BY_OUT = ("mm", "addmm", "bmm")
 """Inductor calls the `.out` overload of these, so an override of the plain one is not reached."""
 
 
+_LITERALS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "+ 1e-06": lambda x: x + 1e-6,
+    "* 0.1": lambda x: x * 0.1,
+    "/ 3.3": lambda x: x / 3.3,
+    "* 0.3333333333333333": lambda x: x * (1 / 3),
+}
+_REFERENCE = Options(providers=("reference",), strict=True)
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of the report."""
@@ -45,7 +56,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All checks, in order; one that fails says so instead of hiding the others."""
-    checks = (versions, providers, caches, hooks, overrides, eps_drift)
+    checks = (versions, providers, caches, hooks, overrides, eps_drift, literal_drift)
     return [finding for check in checks for finding in _guarded(check)]
 
 
@@ -60,6 +71,7 @@ def _guarded(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
 def versions() -> Iterator[Finding]:
     """Python, the packages that matter, and the device."""
     yield Finding("versions", f"python {platform.python_version()} on {platform.platform()}")
+    yield Finding("versions", f"torch {torch.__version__}")  # which build, its metadata may not say
     for name in ("fxpass", *PACKAGES):
         try:
             yield Finding("versions", f"{name} {metadata.version(name)}")
@@ -147,12 +159,59 @@ def eps_drift() -> Iterator[Finding]:
             yield Finding("eps", f"{said}, eager uses another value", warning=True)
 
 
+def literal_drift() -> Iterator[Finding]:
+    """Whether numbers written in a model reach the graph, and give eager's bits there."""
+    drifts = 0
+    for name, function in _LITERALS.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.linspace(-3, 3, 257).to(dtype)
+            what = f"x {name} on {short(dtype)}"
+            why = _drift(function, x, float(name.rpartition(" ")[2]))
+            if why:
+                drifts += 1
+                yield Finding("literals", f"{what}: {why}", warning=True)
+    if not drifts:
+        shown = ", ".join(f"x {name}" for name in _LITERALS)
+        yield Finding("literals", f"{shown}: in the graph as written, with eager's bits")
+    yield Finding("literals", _dynamic_eps())
+
+
+def _drift(function: Callable[..., Any], x: torch.Tensor, literal: float) -> str | None:
+    """What became of a number on its way into the graph, or None."""
+    with torch.no_grad():
+        (graph_module,) = capture.graphs(function, (x,), {})
+        (found,) = torch_private.leaves(graph_module(x))
+    numbers = [arg for node in graph_module.graph.nodes for arg in node.args if type(arg) is float]
+    if numbers != [literal]:
+        return f"the graph has {', '.join(map(repr, numbers)) or 'no number'}"
+    differ = int((found != function(x)).sum())
+    return f"{differ} of {x.numel()} elements differ from eager" if differ else None
+
+
+class _Norm(torch.nn.Module):
+    """As models write it, with eps an attribute."""
+
+    eps = 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+def _dynamic_eps() -> str:
+    """What becomes of `self.eps` where every size is dynamic."""
+    with torch.no_grad(), torch_private.every_size_dynamic():
+        found = capture.graphs(_Norm(), (torch.ones(4, 64),), {})
+    reports = [pipeline.dry_run(one.graph, _REFERENCE) for one in found]
+    values = [site.eps for report in reports for site in report.rewritten]
+    kind = f"the number {values[0]}" if values and values[0] else "a tensor, read at run time"
+    return f"self.eps = {_Norm.eps} of a norm: with dynamic=True {kind if values else 'not found'}"
+
+
 def _compiled_eps(x: torch.Tensor, eps: float | None) -> float | None:
     def norm(x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), eps=eps)
 
     with torch.no_grad():
         found = capture.graphs(norm, (x,), {})
-    options = Options(providers=("reference",), strict=True)
-    reports = [pipeline.dry_run(graph_module.graph, options) for graph_module in found]
+    reports = [pipeline.dry_run(graph_module.graph, _REFERENCE) for graph_module in found]
     return next((site.eps for report in reports for site in report.rewritten), None)

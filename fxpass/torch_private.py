@@ -216,6 +216,16 @@ def _fresh(model: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def every_size_dynamic() -> contextlib.AbstractContextManager[None]:
+    """What `torch.compile(dynamic=True)` turns on."""
+    from torch._dynamo import config
+
+    patched: Any = config
+    return cast(
+        "contextlib.AbstractContextManager[None]", patched.patch(assume_static_by_default=False)
+    )
+
+
 def propagate_fakes(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Give every node of a graph its fake value, from example inputs."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from fxpass import cli, doctor, torch_private
+from fxpass import capture, cli, doctor, torch_private
 
 
 def test_kernels_come_from_the_contracts(capsys) -> None:
@@ -25,9 +25,44 @@ def test_kernels_come_from_the_contracts(capsys) -> None:
 def test_doctor_finds_nothing_wrong_here(capsys) -> None:
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert f"torch {torch.__version__}" in out
+    assert f"torch {torch.__version__}\n" in out
     assert "reference.eager: can run here" in out
     assert "F.rms_norm(eps=None) on bf16: compiled with 1.1920928955078125e-07, eager agrees" in out
+
+
+def test_doctor_checks_literals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiler would have to do to a number for this to notice."""
+    same, dynamic = doctor.literal_drift()
+    assert not same.warning
+    assert "x * 0.1" in same.text
+    assert "in the graph as written, with eager's bits" in same.text
+    assert dynamic.text.endswith("a tensor, read at run time")
+
+    def rounded(function, args, kwargs, old=capture.graphs):
+        found = old(function, args, kwargs)
+        for node in found[0].graph.nodes:
+            if 0.1 in node.args:
+                node.args = (node.args[0], torch.tensor(0.1).bfloat16().item())
+        found[0].recompile()
+        return found
+
+    monkeypatch.setattr(doctor.capture, "graphs", rounded)
+    found = [finding.text for finding in doctor.literal_drift() if finding.warning]
+    assert found == [f"x * 0.1 on {kind}: the graph has 0.10009765625" for kind in ("f32", "bf16")]
+
+
+def test_doctor_compares_the_bits_of_literals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number is as written, and is rounded before it is used."""
+
+    def in_bf16(function, args, kwargs, old=capture.graphs):
+        found = old(function, args, kwargs)
+        found[0].forward = lambda x: [function(x.double()).to(x.dtype)]
+        return found
+
+    monkeypatch.setattr(doctor.capture, "graphs", in_bf16)
+    warned = [f for f in doctor.literal_drift() if f.warning]
+    assert warned
+    assert all("elements differ from eager" in finding.text for finding in warned)
 
 
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators")
@@ -60,7 +95,7 @@ def test_a_check_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(doctor, "caches", broken)
     findings = doctor.examine()
     assert any(f.text == "the check itself failed: RuntimeError: no such file" for f in findings)
-    assert findings[-1].topic == "eps"
+    assert findings[-1].topic == "literals"
 
 
 def test_strict_turns_warnings_into_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
