@@ -27,8 +27,9 @@ KINDS = {
     "tf32": (torch.float32, True),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
-ERROR = {"bf16": 1e-6, "f16": 1e-6, "f32": 2e-6, "tf32": 2e-3}
-"""Largest norm of the error, relative; results are float32."""
+ERROR = {"bf16": 2e-9, "f16": 2e-9, "f32": 1e-9, "tf32": 2e-3}
+"""Largest norm of the error, relative, for results in float32: times K but for tf32, because what
+a tensor core adds to its sum is cut off, not rounded."""
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ SPLITS = [Schedule("split", 16, 64, 64, 4, 2), Schedule("split", 64, 128, 64, 4,
 TMAS = [
     Schedule("tma", 64, 32, 128, 4, 3),
     Schedule("tma", 128, 128, 64, 8, 4, programs=2),
-    Schedule("tma", 128, 256, 64, 8, 3, group=2),
+    Schedule("tma", 128, 256, 64, 8, 2, group=2),
 ]
 EXACT = [
     Schedule("walk", 16, 32, 32, 4, 3),
@@ -136,7 +137,7 @@ def test_float64(kind: str) -> None:
             found = mm_gpu.matmul(a, b, out_dtype=torch.float32, tf32=tf32)
             wanted = a.double() @ b.double()
             error = float((found.double() - wanted).norm() / wanted.norm())
-            assert error <= ERROR[kind], (m, k, n, error)
+            assert error <= ERROR[kind] * (1 if kind == "tf32" else max(k, 1000)), (m, k, n, error)
             if kind == "tf32":
                 assert error > 1e-5  # it was asked for
 
@@ -183,7 +184,7 @@ def test_offsets_beyond_31_bits() -> None:
     for m in (1, 40):
         found = mm_gpu.matmul(a[:m], weight.t(), out_dtype=torch.float32)
         assert not found[:, :-64].any()
-        assert (found[:, -64:] - wanted[:m]).norm() <= 1e-6 * wanted[:m].norm()
+        assert (found[:, -64:] - wanted[:m]).norm() <= 2e-9 * k * wanted[:m].norm()
 
 
 # ---- Epilogue ------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def test_batches() -> None:
     a, b = randn(3, 130, 700), randn(3, 700, 72)
     wanted = mm_gpu.matmul(a, b, out_dtype=torch.float32)
     exact = a.double() @ b.double()
-    assert (wanted - exact).norm() <= 1e-6 * exact.norm()
+    assert (wanted - exact).norm() <= 2e-6 * exact.norm()
     for entry, m in itertools.product(range(3), (1, 5, 64, 130)):
         one = slice(entry, entry + 1)
         found = mm_gpu.matmul(a[one, :m], b[one], out_dtype=torch.float32)
