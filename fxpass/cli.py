@@ -11,12 +11,20 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 
-from fxpass import __version__, cli_bisect, cli_corpus, cli_diff, cli_explain, cli_machine
+from fxpass import (
+    __version__,
+    cli_bisect,
+    cli_corpus,
+    cli_diff,
+    cli_explain,
+    cli_machine,
+    cli_prove,
+)
 from fxpass.cli_common import WRONG
 from fxpass.errors import FxpassError
 
 _ABOUT = "Find every RMSNorm of a model, show what a rewrite changes and what it leaves, and why."
-_COMMANDS = (cli_explain, cli_diff, cli_bisect, cli_corpus, cli_machine)
+_COMMANDS = (cli_explain, cli_diff, cli_bisect, cli_corpus, cli_machine, cli_prove)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ HERE = f"{Path(__file__).name}: MODULES"
 # Names are without the leading `fxpass.`; `patterns`, `kernels`, `fxpass` are __init__ files.
 MODULES = """
     errors dtypes options spec
-    torch_private torch_inductor facts
+    torch_private torch_inductor torch_watch facts
     terms calls spellings composites lifting formula
     patterns.finish patterns.l2_norm patterns.rms_norm patterns
     meaning elements residual uses sites mutation diagnose matching
@@ -49,8 +49,11 @@ MODULES = """
     pytest_plugin
     target_errors target_text target_dump target_hf target
     doctor numerics
+    invariant.source invariant.compare invariant.trace invariant.vary invariant.prove
+    invariant.prove_eager invariant.prove_compiled
     corpus_rows corpus
-    cli_common cli_baseline cli_explain cli_diff cli_bisect cli_machine cli_corpus
+    cli_common cli_rows cli_baseline cli_explain cli_diff cli_bisect cli_machine cli_corpus
+    cli_prove
     cli __main__
 """.split()
 
@@ -70,6 +73,7 @@ MAY_NOT_KNOW = {
 PRIVATE_TORCH: dict[str, set[str] | None] = {
     "torch_private": None,  # anything
     "torch_inductor": None,
+    "torch_watch": None,
     # Saves 1.5 us a call, has a public fallback, and kernels do not import the pass.
     "kernels.cpu_call": {"torch._C._dynamo.guards._empty_strided_cpu"},
     # What Inductor's own launches use; the public stream object costs 1 us more.
