@@ -100,8 +100,8 @@ def pick(device: Device, problem: Problem) -> Schedule:
     elif problem.m <= _FEW_ROWS:
         found = _few_rows(problem)
     else:
-        menu = _HOPPER if device.major == 9 and problem.tma else _POINTERS
-        found = _cheapest(device, problem, menu)
+        hopper = device.major == 9 and problem.tma and problem.chunks == 1
+        found = _cheapest(device, problem, _HOPPER if hopper else _POINTERS)
     return _fitting(device, problem, found)
 
 

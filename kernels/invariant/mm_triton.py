@@ -120,12 +120,14 @@ def product(
     if PDL:
         gdc_launch_dependents()
     ok = row_ok[:, None] & col_ok[None, :]
-    wide = rows.to(tl.int64)
-    out_at = out + (place.to(tl.int64) * m + wide)[:, None] * n + cols[None, :]
     if not SPLIT:
-        at = batch.to(tl.int64) * bias_batch + wide[:, None] * bias_row + cols[None, :] * bias_col
+        wide = rows.to(tl.int64)[:, None] * bias_row
+        at = batch.to(tl.int64) * bias_batch + wide + cols.to(tl.int64)[None, :] * bias_col
         total = _rounded(total, bias, at, ok, alpha, beta, HAS_BIAS, out.dtype.element_ty)
-    tl.store(out_at, total, mask=ok)
+    # 64 bits to the tile's corner, 32 inside it.
+    out += (place.to(tl.int64) * m + tile_m * BLOCK_M) * n + tile_n * BLOCK_N
+    at = tl.arange(0, BLOCK_M)[:, None] * n + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(out + at, total, mask=ok)
 
 
 @triton.jit(do_not_specialize=["m"])
