@@ -68,8 +68,8 @@ def test_plain_order_written_out():
     assert same((matmul(a, b), total))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_width_of_registers_changes_no_bit(dtype, tmp_path):
+def test_width_of_registers_changes_no_bit(tmp_path):
+    dtype = torch.bfloat16
     operands = [(drawn(m, k, dtype=dtype), drawn(k, n, dtype=dtype)) for m, k, n in SHAPES]
     here = [matmul(a, other) for a, b in operands for other in layouts(b).values()]
     with built_for("haswell", "product", dtype, tmp_path):

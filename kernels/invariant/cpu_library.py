@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,7 @@ def library(name: str, element: torch.dtype) -> Run | None:
 def build_all(elements: Iterable[torch.dtype]) -> None:
     """Build every library of `elements` side by side: 5 s for one alone, kept on disk."""
     wanted = {(name, e if name != "scores" else wide(e)) for name in HEADERS for e in elements}
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda pair: library(*pair), wanted))
 
 

@@ -158,10 +158,11 @@ static void tile(const C* a, const C* b, fx_i64 k, C* c, bool first) {
     }
 }
 
+// Tiles have an even number of rows; one more than wanted is computed and not used.
 template <bool SKIP, int R = TILE>
 static void tile_of(int rows, const C* a, const C* b, fx_i64 k, C* c, bool first) {
-  if (rows == R) return tile<R, SKIP>(a, b, k, c, first);
-  if constexpr (R > 1) tile_of<SKIP, R - 1>(rows, a, b, k, c, first);
+  if (rows >= R - 1) return tile<R, SKIP>(a, b, k, c, first);
+  if constexpr (R > 2) tile_of<SKIP, R - 2>(rows, a, b, k, c, first);
 }
 
 // A row of a, as type C.

@@ -1,6 +1,8 @@
 // Which part of the output is computed when, and by whom. Comes after mm_cpu.h.
 #pragma once
 
+static inline fx_i64 rounded_up(fx_i64 value, fx_i64 unit) { return (value + unit - 1) / unit * unit; }
+
 struct Scratch {  // of one thread, kept: a fresh mapping costs more than a small product
   void* memory = nullptr;
   ~Scratch() { free(memory); }
@@ -20,7 +22,8 @@ static C* scratch() {
 template <bool SKIP>
 static void thick(const FxProduct& p, const Block& at) {
   C *a = scratch(), *b = a + A_SIZE, *sums = b + B_SIZE;
-  const int tiles = (int)((at.rows + TILE - 1) / TILE), high = (int)((at.rows + tiles - 1) / tiles);
+  const fx_i64 tiles = (at.rows + TILE - 1) / TILE;
+  const fx_i64 high = rounded_up((at.rows + tiles - 1) / tiles, 2);
   for (fx_i64 start = 0; start < p.k; start += CHUNK) {
     const fx_i64 k = p.k - start < CHUNK ? p.k - start : CHUNK;
     for (fx_i64 r = 0; r < at.rows; ++r) take_a(p, a_at(p, at, r, start), k, a + r * A_ROW);
@@ -79,36 +82,30 @@ static void thin_down(const FxProduct& p, const Block& at) {
   write_out(p, at, total, THIN_BLOCK);
 }
 
-// VL columns of b, each contiguous along k (the rows of a linear layer's weight).
+// `steps` of VL along k: row v of `b` holds VL columns at k = v.
 template <int R>
-static inline void across(const FxProduct& p, const Block& at, fx_i64 column, const C* a, C* total) {
-  const Element* from[VL];
-  for (int v = 0; v < VL; ++v)  // past the end: the last column again, thrown away
-    from[v] = b_at(p, at, 0) +
-              (column + v < at.columns ? column + v : at.columns - 1) * p.b_stride[3];
-  V sums[R];
-  for (fx_i64 start_k = 0; start_k < p.k; start_k += CHUNK) {
-    const fx_i64 k = p.k - start_k < CHUNK ? p.k - start_k : CHUNK;
-    V sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = start<false>();
-    for (fx_i64 i = 0; i < k; i += VL) {
-      V b[VL];
-      const fx_i64 left = k - i;
-      for (int v = 0; v < VL; ++v)
-        b[v] = left >= VL ? get(from[v] + start_k + i) : get(from[v] + start_k + i, left);
-      transpose(b);
-      const C* factor = a + start_k + i;
-      if (left >= VL) {
-        for (int v = 0; v < VL; ++v)
-          for (int r = 0; r < R; ++r) sum[r] = fma(splat(factor[r * p.k + v]), b[v], sum[r]);
-      } else {
-        for (int v = 0; v < left; ++v)
-          for (int r = 0; r < R; ++r) sum[r] = fma(splat(factor[r * p.k + v]), b[v], sum[r]);
-      }
-    }
-    for (int r = 0; r < R; ++r) sums[r] = start_k ? sums[r] + sum[r] : sum[r];
+static inline void along(const C* a, fx_i64 pitch, const V* b, int steps, V* sum) {
+  for (int v = 0; v < steps; ++v)
+    for (int r = 0; r < R; ++r) sum[r] = fma(splat(a[r * pitch + v]), b[v], sum[r]);
+}
+
+// One chunk of VL columns of b, each contiguous along k (the rows of a linear layer's weight).
+template <int R>
+static inline void across(const Element* b, const fx_i64* place, fx_i64 k, const C* a, fx_i64 pitch,
+                          V* sum) {
+  for (int r = 0; r < R; ++r) sum[r] = start<false>();
+  fx_i64 i = 0;
+  for (; i + VL <= k; i += VL) {
+    V block[VL];
+    for (int v = 0; v < VL; ++v) block[v] = get(b + place[v] + i);
+    transpose(block);
+    along<R>(a + i, pitch, block, VL, sum);
   }
-  for (int r = 0; r < R; ++r) put(total + r * THIN_BLOCK + column, sums[r]);
+  if (i == k) return;
+  V block[VL];
+  for (int v = 0; v < VL; ++v) block[v] = get(b + place[v] + i, k - i);
+  transpose(block);
+  along<R>(a + i, pitch, block, (int)(k - i), sum);
 }
 
 template <int R>
@@ -117,7 +114,19 @@ static void thin_across(const FxProduct& p, const Block& at) {
   C* a = (C*)malloc(R * p.k * sizeof(C));
   if (!a) abort();
   for (int r = 0; r < R; ++r) take_a(p, a_at(p, at, r, 0), p.k, a + r * p.k);
-  for (fx_i64 j = 0; j < at.columns; j += VL) across<R>(p, at, j, a, total);
+  for (fx_i64 j = 0; j < at.columns; j += VL) {
+    fx_i64 place[VL];  // past the end: the last column again, thrown away
+    for (int v = 0; v < VL; ++v)
+      place[v] = (j + v < at.columns ? j + v : at.columns - 1) * p.b_stride[3];
+    V sums[R];
+    for (fx_i64 start = 0; start < p.k; start += CHUNK) {
+      V sum[R];
+      const fx_i64 k = p.k - start < CHUNK ? p.k - start : CHUNK;
+      across<R>(b_at(p, at, start), place, k, a + start, p.k, sum);
+      for (int r = 0; r < R; ++r) sums[r] = start ? sums[r] + sum[r] : sum[r];
+    }
+    for (int r = 0; r < R; ++r) put(total + r * THIN_BLOCK + j, sums[r]);
+  }
   free(a);
   write_out(p, at, total, THIN_BLOCK);
 }
@@ -134,8 +143,6 @@ static void thin(const FxProduct& p, const Block& at) {
 }
 
 // ---- The whole output ---------------------------------------------------------------------------
-
-static inline fx_i64 rounded_up(fx_i64 value, fx_i64 unit) { return (value + unit - 1) / unit * unit; }
 
 // Columns of a task: at most `most`, fewer if some thread would get none.
 static fx_i64 width(const FxProduct& p, fx_i64 others, fx_i64 most) {
