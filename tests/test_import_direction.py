@@ -36,6 +36,7 @@ MODULES = """
     kernels.invariant.mm_launch kernels.invariant.mm_plan kernels.invariant.mm_gpu
     kernels.invariant.triton_math kernels.invariant.reduce_triton kernels.invariant.scan_triton
     kernels.invariant.reduce_gpu
+    kernels.invariant.attention_triton kernels.invariant.attention_gpu
     kernels.invariant.dispatch
     platforms fusable layout copies select traffic plan ops
     fused lowering
@@ -44,6 +45,7 @@ MODULES = """
     pipeline capture ledger artifacts
     invariant invariant.aten invariant.products invariant.reductions invariant.norms
     invariant.attention invariant.attention_op invariant.pointwise invariant.table invariant.mode
+    invariant.library invariant.compiled
     hooks backend
     fxpass
     pytest_plugin

@@ -1,0 +1,114 @@
+"""Attention without a GPU: its bits in Triton's interpreter, and what it compiles to."""
+
+import pytest
+import torch
+from triton_offline import TARGETS, assert_machine_code, compiled, interpreting
+
+from fxpass.kernels.invariant import attention_gpu
+
+triton = pytest.importorskip("triton")
+
+H200 = TARGETS[1]
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+WHOLE = (
+    "rows lq lk heads group mask_batch mask_head mask_row mask_col out_batch out_head out_row"
+    " q_batch q_head q_row k_batch k_head k_row v_batch v_head v_row"
+).split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter():
+    """Started before the first test here and looked at in the last."""
+    with interpreting("invariant_attention_interpreted.py") as started:
+        yield started
+        started.kill()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    before = triton.knobs.cache.dir
+    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+    yield
+    triton.knobs.cache.dir = before
+
+
+def built(lq, lk, head, dtype, target, causal=False, mask="none"):
+    """The kernel for aligned tensors: 2 sequences, 32 heads of q, 8 of k."""
+    from fxpass.kernels.invariant import attention_triton
+    from fxpass.kernels.invariant.triton_math import FIXED
+
+    q, k = (torch.empty(2, heads, size, head, dtype=dtype, device="meta")
+            for heads, size in ((32, lq), (8, lk)))  # fmt: skip
+    found = attention_gpu.schedule(q, k, head)
+    constants = {
+        "PACK": found.pack,
+        "BLOCK_M": found.block_m,
+        "LEVELS": attention_gpu.block_n(head, dtype).bit_length() - 1,
+        "CHUNK": attention_gpu.CHUNK,
+        "D": head,
+        "DV": head,
+        "D_PAD": attention_gpu._padded(head),
+        "DV_PAD": attention_gpu._padded(head),
+        "CAUSAL": causal,
+        "MASK": mask,
+        "SPLIT": found.split,
+    }
+    types = dict.fromkeys(WHOLE, "i32") | dict.fromkeys("qkv", POINTERS[dtype])
+    types |= {"out": "*fp32" if found.split else POINTERS[dtype], "scale": "fp32"}
+    types |= {"mask": {"bool": "*u8"}.get(mask, POINTERS[dtype]), "lse": "*fp32", "m_out": "*fp32"}
+    options = {"matrix_instr_nonkdim": 16} if target[0] == "hip" else {}
+    return compiled(
+        attention_triton.attention, types, constants, target,
+        num_warps=found.warps, num_stages=found.stages, **FIXED, **options,
+    )  # fmt: skip
+
+
+CASES = {
+    "prefill": (1024, 1024, 128, torch.bfloat16, True, "none"),
+    "decode": (1, 4096, 128, torch.bfloat16, False, "none"),
+    "masked": (40, 100, 80, torch.float16, False, "bool"),
+    "wide": (256, 256, 256, torch.bfloat16, False, "add"),
+    "narrow": (256, 256, 16, torch.float16, False, "none"),
+    "float32": (64, 64, 128, torch.float32, True, "none"),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
+@pytest.mark.parametrize("name", CASES)
+def test_compiles(name, target):
+    lq, lk, head, dtype, causal, mask = CASES[name]
+    found = built(lq, lk, head, dtype, target, causal, mask)
+    assert_machine_code(found, target)
+    limit = {"80": 163, "90": 227, "100": 227, "gfx942": 64, "gfx950": 160}[str(target[1])]
+    assert found.metadata.shared <= limit * 1024, found.metadata.shared
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
+def test_merge_compiles(target):
+    from fxpass.kernels.invariant import attention_triton
+    from fxpass.kernels.invariant.triton_math import FIXED
+
+    types = dict.fromkeys(("parts", "sums", "tops", "lse"), "*fp32") | {"out": "*bf16"}
+    types |= dict.fromkeys(
+        ("rows", "chunks", "lq", "heads", "out_batch", "out_head", "out_row"), "i32"
+    )
+    constants = {"ROWS": 4, "DV": 128, "DV_PAD": 128}
+    found = compiled(attention_triton.merge, types, constants, target, num_warps=4, **FIXED)
+    assert_machine_code(found, target)
+
+
+def test_matrix_instructions():
+    """Tensor cores where there are any for the dtype, and float32 as float32, not tf32."""
+    prefill, decode, single = (
+        built(*CASES[name][:4], H200, *CASES[name][4:]).asm["ptx"]
+        for name in ("prefill", "decode", "float32")
+    )
+    assert "wgmma.mma_async" in prefill
+    assert "mma.sync" in decode
+    assert "tf32" not in single
+    assert "mma" not in single
+
+
+def test_bits_in_the_interpreter(interpreter):
+    printed, _ = interpreter.communicate()
+    assert interpreter.returncode == 0, printed
