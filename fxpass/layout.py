@@ -9,7 +9,7 @@ are planned only where the kernel's contract cannot read the strides at hand.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -54,11 +54,15 @@ class LayoutPlan:
 
 
 def uncopied(made: LayoutPlan) -> LayoutPlan:
-    """The plan for code that a compiler generates, which reads any strides."""
+    """The plan for code that a compiler generates: it reads any strides, and writes any.
+
+    What brings a result into another memory order stays, for the order, but moves nothing: the
+    compiler computes the result where the copy would have stored it.
+    """
 
     def kept(chains: dict[str, tuple[LayoutNode, ...]]) -> dict[str, tuple[LayoutNode, ...]]:
         return {
-            role: tuple(node for node in chain if node.kind != "contiguous")
+            role: tuple(replace(node, bytes=0) for node in chain if node.kind != "contiguous")
             for role, chain in chains.items()
         }
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from fake_gpu import captured
-from helpers import DTYPES
+from helpers import DTYPES, flat
+from torch._inductor.utils import run_and_get_code
 
 import fxpass
 from fxpass import pipeline
@@ -120,8 +121,6 @@ SITUATIONS: dict[str, Row] = {
     "channels first": (
         channels_first, "i d", "", "", "inductor.fused"),
 }  # fmt: skip
-RESTRIDED = {"channels first"}
-"""Where eager's result has a memory order that no kernel writes."""
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
@@ -137,8 +136,7 @@ def test_kernel_and_copies(name: str, platform: str, dtype: str) -> None:
         return
     (site,) = report.rewritten
     assert site.kernel == wanted
-    copied = [node.partition(" ")[0] for node in site.layout_nodes if "bytes" in node]
-    assert copied == (["restride(out)"] if name in RESTRIDED else [])
+    assert site.bytes_copied == 0
 
 
 def planned(function: Callable[..., Any], inputs: str, platform: str, dtype: str) -> Report:
@@ -154,18 +152,37 @@ def _input(letter: str, dtype: str) -> tuple[tuple[int, ...], torch.dtype]:
     return shape, torch.float32 if letter.isupper() else DTYPES[dtype]
 
 
-def test_inductor_reads_channels_first_in_place() -> None:
-    """Only the result is brought into the order of eager's."""
+CHANNELS_FIRST = {
+    "result": channels_first,
+    "matmul": lambda x, w, v: rms(torch.relu(x).movedim(1, -1), w) @ v,
+    "both": lambda x, w, v: (y := rms(x.movedim(1, -1), w), y @ v),
+}
+
+
+@pytest.mark.parametrize("name", CHANNELS_FIRST)
+def test_inductor_copies_no_channels_first(name: str) -> None:
+    """x is read in place, and the result computed in the memory order of eager's at once."""
+    function = CHANNELS_FIRST[name]
     seed = torch.Generator().manual_seed(0)
     x = torch.randint(-9, 9, (2, 16, 5, 6), generator=seed).half()  # sums exact in any order
-    w = torch.randn(16, generator=seed).half()
+    w, v = (torch.randn(*shape, generator=seed).half() for shape in [(16,), (16, 4)])
+    given = (x, w) if name == "result" else (x, w, v)
     options = {"providers": ("inductor",), "strict": True, "expect": 1}
-    compiled = torch.compile(channels_first, backend=fxpass.rmsnorm_backend, options=options)
+    _, plain = compiled(function, given)
     fxpass.reset_report()
-    with torch.no_grad():
-        made, wanted = compiled(x, w), channels_first(x, w)
-    assert torch.equal(made, wanted)
-    assert made.stride() == wanted.stride()
+    made, code = compiled(function, given, backend=fxpass.rmsnorm_backend, options=options)
+    for found, wanted in zip(flat(made), flat(function(*given)), strict=True):
+        assert torch.equal(found, wanted)
+        assert found.stride() == wanted.stride()
     (site,) = fxpass.last_report().rewritten
-    assert site.kernel == "inductor.fused"
-    assert not [node for node in site.layout_nodes if node.startswith("contiguous")]
+    assert (site.kernel, site.bytes_copied) == ("inductor.fused", 0)
+    assert site.layout_nodes == ("restride(out)",)
+    assert code.count("= empty_strided_cpu(") <= plain.count("= empty_strided_cpu(")
+
+
+def compiled(function: Any, given: Any, **how: Any) -> tuple[Any, str]:
+    """The result and Inductor's wrapper code."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        made, (code,) = run_and_get_code(torch.compile(function, **how), *given)
+    return made, code
