@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import fx
@@ -36,11 +37,18 @@ def rmsnorm_backend(
     patches[HOOK] = with_existing(rms_pass, patches.get(HOOK))
     if ours.numerics == "eager":
         patches["emulate_precision_casts"] = True
+    tracing: AbstractContextManager[Any] = nullcontext()
+    if ours.batch_invariant:
+        from fxpass.invariant import compiled  # registers operators
+
+        patches.update(compiled.flags())
+        tracing = compiled.tracing()
     key = remembered.key_of(graph_module, example_inputs, rms_pass.uuid() + repr(sorted(inductors)))
     watch = _Watch(rms_pass)
-    compiled = torch_private.compile_fx(graph_module, example_inputs, patches, watch.look)
+    with tracing as table:
+        made = torch_private.compile_fx(graph_module, example_inputs, patches, watch.look, table)
     _check_expected(ours, _kept_or_recalled(key, watch.report))
-    return compiled
+    return made
 
 
 class _Watch:
@@ -122,6 +130,7 @@ def rewrite(
     chosen = Options.make(options, **changes)
     check_providers(chosen)
     chosen.refuse_numerics("rewrite")
+    chosen.refuse_batch_invariant("rewrite")
     open_norms(graph_module)
     if example_inputs:
         torch_private.propagate_fakes(graph_module, example_inputs)

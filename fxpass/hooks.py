@@ -70,11 +70,17 @@ def _make_pass_class() -> type:
 
         def __call__(self, graph: fx.Graph) -> None:
             with torch_private.inside_inductor():
-                found = artifacts.recorded(
-                    graph, lambda: pipeline.run(graph, self.options), self.options.strict
-                )
+                found = artifacts.recorded(graph, lambda: self._steps(graph), self.options.strict)
             self.report.add(found)
             LEDGER.add(found)
+
+        def _steps(self, graph: fx.Graph) -> Report:
+            found = pipeline.run(graph, self.options)
+            if self.options.batch_invariant:
+                from fxpass.invariant import compiled  # registers operators
+
+                found.invariant = compiled.rewrite(graph)
+            return found
 
         def uuid(self) -> str:
             """Changes with any source file, option, kernel version or torch version."""

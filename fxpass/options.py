@@ -13,6 +13,7 @@ from fxpass.errors import OptionsError
 
 ROUNDINGS = ("source", "cast_then_scale", "scale_then_cast")
 NUMERICS = ("default", "eager")
+_SWITCHES = ("strict", "verify", "batch_invariant")
 PLATFORMS = ("cpu", "cuda", "rocm")
 
 
@@ -30,6 +31,9 @@ class Options:
     """Raise on a bug in the pass, instead of leaving the graph as it was and warning once."""
     verify: bool = False
     """Run old and new subgraph on sampled inputs; refuse a rewrite that differs too much."""
+    batch_invariant: bool = False
+    """Only operators whose rows do not depend on other rows: norms on kernels whose contract says
+    so, the rest of the graph on `fxpass.kernels.invariant`."""
     fuel: int | None = None
     """Rewrite only the first N sites of each graph (to bisect a wrong one)."""
     expect: int | None = None
@@ -49,7 +53,7 @@ class Options:
         _check_platform(self.platform)
         for name in ("fuel", "expect"):
             _check_count(name, getattr(self, name))
-        for name in ("strict", "verify"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise OptionsError(f"options: {name}={getattr(self, name)!r}; use True or False")
 
@@ -66,6 +70,15 @@ class Options:
         if isinstance(given, Options):
             return dataclasses.replace(given, **_known(changes)) if changes else given
         return cls(**{**_from_environment(), **_known(dict(given or {})), **_known(changes)})
+
+    def refuse_batch_invariant(self, where: str) -> None:
+        """Raises OptionsError if `batch_invariant` is set: `where` says who cannot act on it."""
+        if self.batch_invariant:
+            raise OptionsError(
+                f"options: batch_invariant is for the backend; {where} does not compile the rest of"
+                " the graph, use torch.compile(model, backend=fxpass.rmsnorm_backend,"
+                " options={'batch_invariant': True})"
+            )
 
     def refuse_numerics(self, where: str) -> None:
         """Raises OptionsError if `numerics` is set: `where` says who cannot act on it."""
@@ -119,7 +132,7 @@ def _from_environment() -> dict[str, Any]:
 
 
 def _parse(name: str, text: str) -> Any:
-    if name in ("strict", "verify"):
+    if name in _SWITCHES:
         if text.lower() not in ("0", "1", "true", "false"):
             raise OptionsError(f"environment: FXPASS_{name.upper()}={text!r}; use 0 or 1")
         return text.lower() in ("1", "true")

@@ -80,6 +80,8 @@ class Report:
     graphs: int = 0
     errors: list[str] = field(default_factory=list)
     """Bugs inside the pass: each left its graph as it was."""
+    invariant: dict[str, int] = field(default_factory=dict)
+    """With `batch_invariant`: how many calls of each `fxpass::bi_*` operator the graphs have."""
     kept: list[Kept] = field(default_factory=list, repr=False, compare=False)
     """The graphs of `explain` and `rewrite`; no part of the schema."""
 
@@ -120,6 +122,8 @@ class Report:
         self.errors += other.errors
         self.graphs += other.graphs
         self.kept += other.kept
+        for name, count in other.invariant.items():
+            self.invariant[name] = self.invariant.get(name, 0) + count
 
     def summary(self) -> str:
         """One line."""
@@ -127,6 +131,9 @@ class Report:
         total = len(self.rewritten) + len(self.declined)
         line = f"rewrote {len(self.rewritten)} of {total} norms in {self.graphs} graph(s)"
         line += f" ({took})" if took else ""
+        if self.invariant:
+            calls = ", ".join(f"{name} x{count}" for name, count in self.invariant.items())
+            line += f"; batch-invariant: {calls}"
         return line + (f"; {len(self.errors)} error(s) in the pass" if self.errors else "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,6 +144,7 @@ class Report:
             "rewritten": [dataclasses.asdict(site) for site in self.rewritten],
             "declined": [dataclasses.asdict(miss) for miss in self.declined],
             "errors": list(self.errors),
+            "invariant": dict(self.invariant),
         }
 
     def to_json(self) -> str:
@@ -150,7 +158,9 @@ class Report:
             raise KeyError(f"report version {data['version']}, needs {SCHEMA_VERSION}")
         sites = [RewrittenSite(**_tuples(site)) for site in data["rewritten"]]
         misses = [Decline(**miss) for miss in data["declined"]]
-        return cls(sites, misses, data["graphs"], list(data["errors"]))
+        found = cls(sites, misses, data["graphs"], list(data["errors"]))
+        found.invariant = dict(data.get("invariant", {}))
+        return found
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""

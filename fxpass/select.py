@@ -108,6 +108,7 @@ def _layout_or_refusal(kernel: Kernel, asked: _Asked) -> LayoutPlan | str:
     reason = (
         kernel.refusal(asked.spec, asked.place.kind, hidden)
         or _repeats_weights(kernel, site)
+        or _varies(kernel, asked)
         or _inexact(kernel, asked)
         or _cannot_inline(kernel, asked)
         or _breaks_a_fusion(kernel, asked)
@@ -142,6 +143,13 @@ def _repeats_weights(kernel: Kernel, site: Site) -> str | None:
     return None
 
 
+def _varies(kernel: Kernel, asked: _Asked) -> str | None:
+    """Why a kernel's rows may depend on other rows, where they must not, or None."""
+    if not asked.options.batch_invariant or kernel.contract.batch_invariant:
+        return None
+    return "not batch-invariant"
+
+
 def _inexact(kernel: Kernel, asked: _Asked) -> str | None:
     """Why a kernel with other roundings is not for a user who did not ask for it, or None."""
     reason = kernel.inexact(asked.spec, asked.place.arch)
@@ -155,6 +163,8 @@ def _costs_more(kernel: Kernel, asked: _Asked, layout: LayoutPlan) -> str | None
     alone = not is_inside_inductor()  # the alternative is eager: a pass for each operator
     if alone or kernel is FUSED or kernel.provider == "cpu" or _named(kernel, asked.options):
         return None
+    if asked.options.batch_invariant:
+        return None  # the alternative is another kernel for the mean, and its passes
     return copies.refusal(asked.site, layout, asked.taken)
 
 
@@ -187,6 +197,8 @@ def _breaks_a_fusion(kernel: Kernel, asked: _Asked) -> str | None:
     """Why Inductor's own code moves fewer bytes than a kernel apart, or None."""
     if kernel.provider not in _APART or "auto" not in asked.options.providers:
         return None
+    if asked.options.batch_invariant:
+        return None  # Inductor's own code is no choice
     hidden = facts.static(asked.site.hidden)
     fits = FUSED.refusal(asked.spec, asked.place.kind, hidden) is None
     if not fits or _cannot_inline(FUSED, asked) is not None:

@@ -287,3 +287,32 @@ def configured(kernel: Any, num_warps: int) -> Any:
         config = triton.Config({}, num_warps=num_warps, num_stages=1)
         _autotuners[key] = (kernel, triton.autotune(configs=[config], key=[])(kernel))
     return _autotuners[key][1]
+
+
+def call_directly(op: Any, name: str, calls: Mapping[str, Callable[..., Any]]) -> None:
+    """Have Inductor's Python call `calls[name]` where the graph has `op`, without the dispatcher.
+
+    Results have the strides the fake kernel says, which is not checked at run time.
+    """
+    from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+    from torch._inductor.select_algorithm import extern_kernels
+    from torch._inductor.virtualized import V
+
+    namespace: Any = extern_kernels
+    namespace.fxpass_invariant = calls
+    if op in lowerings:
+        return
+    make_fallback: Callable[..., Any] = fallback_handler
+    fallback = make_fallback(op, add_to_fallback_set=False)
+
+    def lowering(*args: Any, **kwargs: Any) -> Any:
+        outputs = fallback(*args, **kwargs)
+        several = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        node = _fallback_kernel(several[0])
+        if node is not None and not V.graph.cpp_wrapper:
+            node.python_kernel_name = f"extern_kernels.fxpass_invariant[{name!r}]"
+            for output in several:
+                _drop_assert(output)
+        return outputs
+
+    register_lowering(op, type_promotion_kind=None)(lowering)

@@ -91,22 +91,55 @@ def compile_fx(
     inputs: Sequence[Any],
     patches: dict[str, Any],
     look: Callable[[fx.GraphModule, Callable[[], Any]], Any],
+    decompositions: dict[Any, Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
     """Inductor's entry point, with config patches held while it runs (backward included).
 
-    `look` is called with each ATen graph and what compiles it.
+    `look` is called with each ATen graph and what compiles it; `decompositions` replace Inductor's.
     """
     from torch._inductor.compile_fx import compile_fx as inductor_compile
     from torch._inductor.compile_fx import compile_fx_inner
 
     def inner(graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        # A table of somebody's functions is no part of a cache key; the passes' ids are.
+        kwargs.pop("get_decomp_fn", None)
         with inside_inductor():
             return look(graph, lambda: compile_fx_inner(graph, *args, **kwargs))
 
     compiled: Any = inductor_compile(
-        graph_module, inputs, inner_compile=inner, config_patches=patches
+        graph_module,
+        inputs,
+        inner_compile=inner,
+        config_patches=patches,
+        decompositions=decompositions,
     )
     return cast("Callable[..., Any]", compiled)
+
+
+def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decomposition table."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())
+
+
+def traced(function: Callable[..., Any], values: Sequence[Any]) -> fx.GraphModule | None:
+    """The graph of a function of fake values; None if it gives NotImplemented."""
+    from torch._guards import detect_fake_mode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    refused = False
+
+    def run(*given: Any) -> Any:
+        nonlocal refused
+        made = function(*given)
+        refused = made is NotImplemented
+        return None if refused else made
+
+    mode = detect_fake_mode(values)
+    with contextlib.nullcontext() if mode is None else mode:
+        made: fx.GraphModule = make_fx(run)(*values)
+    return None if refused else made
 
 
 def leaves(value: Any) -> list[Any]:

@@ -14,12 +14,18 @@ from typing import Any
 import torch
 
 from fxpass.kernels.invariant import dispatch
+from fxpass.torch_private import statically_known_true
 
 Tensor = torch.Tensor
 Operator = Callable[..., Any]
 
 NARROW = (torch.bfloat16, torch.float16)
 aten = torch.ops.aten
+
+
+def is_empty(x: Tensor) -> bool:
+    """Whether a tensor is known to have no elements; no size is guarded on while tracing."""
+    return statically_known_true(x.numel() == 0)
 
 
 def dims_of(dim: int | Sequence[int] | None, rank: int) -> tuple[int, ...] | None:
@@ -74,7 +80,7 @@ def as_reduced(x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, torch.dtyp
     As in ATen: the input is cast first, but 16 bits are added up in float32 as they are.
     """
     out = x.dtype if dtype is None else dtype
-    if out not in dispatch.FLOATS or x.is_complex() or not x.numel():
+    if out not in dispatch.FLOATS or x.is_complex() or is_empty(x):
         return None
     if x.dtype != out and not (x.dtype in NARROW and out == torch.float32):
         x = x.to(out)

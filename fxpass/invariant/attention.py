@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fxpass.invariant.aten import is_empty
 from fxpass.kernels.invariant import dispatch
 
 Tensor = torch.Tensor
@@ -29,7 +30,7 @@ def attend(
 def fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether the kernel takes these tensors, and torch would."""
     tensors = (query, key, value)
-    if any(t.dim() != 4 or not dispatch.takes(t, product=True) or not t.numel() for t in tensors):
+    if any(t.dim() != 4 or not dispatch.takes(t, product=True) or is_empty(t) for t in tensors):
         return False
     same = len({(t.dtype, t.device, t.shape[0]) for t in tensors}) == 1
     if not same or query.shape[-1] != key.shape[-1] or key.shape[1:3] != value.shape[1:3]:
@@ -85,7 +86,9 @@ def efficient(
 def padded(lse: Tensor) -> Tensor:
     """Logsumexp as the memory-efficient backward reads it: padded with infinity."""
     missing = -lse.shape[-1] % _LSE_MULTIPLE
-    return torch.nn.functional.pad(lse, (0, missing), value=float("inf")) if missing else lse
+    if isinstance(missing, int) and not missing:
+        return lse
+    return torch.nn.functional.pad(lse, (0, missing), value=float("inf"))
 
 
 def flash(

@@ -41,7 +41,7 @@ def scaled_dot_product(
         return NotImplemented
     if not fits(query, key, value, attn_mask):
         return NotImplemented
-    return torch.ops.fxpass.bi_attention(query, key, value, attn_mask, is_causal, scale)[0]
+    return OPERATOR(query, key, value, attn_mask, is_causal, scale)[0]
 
 
 def fake(
@@ -135,7 +135,7 @@ def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     return scores + mask
 
 
-def _define() -> None:
+def _define() -> Any:
     _library.define(
         "bi_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal,"
         " float? scale) -> (Tensor, Tensor)",
@@ -146,6 +146,7 @@ def _define() -> None:
     torch.library.register_autograd(
         "fxpass::bi_attention", _backward, setup_context=_setup, lib=_library
     )
+    return torch.ops.fxpass.bi_attention.default
 
 
-_define()
+OPERATOR = _define()

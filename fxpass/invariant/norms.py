@@ -11,7 +11,7 @@ import torch
 
 from fxpass import torch_private
 from fxpass.dtypes import is_exact_cast
-from fxpass.invariant.aten import NARROW
+from fxpass.invariant.aten import NARROW, is_empty
 from fxpass.kernels import kernels
 from fxpass.kernels.invariant import dispatch
 from fxpass.spec import NormSpec, Step
@@ -138,7 +138,7 @@ def group_norm(
     eps: float,
 ) -> Any:
     """aten::native_group_norm: (out, mean, rstd); each sample's groups by themselves."""
-    if not input.numel() or not dispatch.takes(input) or C % group:
+    if is_empty(input) or not dispatch.takes(input) or C % group:
         return NotImplemented
     if any(t is not None and t.dtype != input.dtype for t in (weight, bias)):
         return NotImplemented
@@ -162,7 +162,7 @@ def _normalises(
     if not 0 < count <= x.dim() or tuple(x.shape[x.dim() - count :]) != tuple(shape):
         return False
     fits = all(t is None or tuple(t.shape) == tuple(shape) for t in (weight, bias))
-    return fits and bool(x.numel()) and dispatch.takes(x)
+    return fits and not is_empty(x) and dispatch.takes(x)
 
 
 def _rows(x: Tensor, count: int) -> Tensor:

@@ -19,8 +19,8 @@ Tensor = torch.Tensor
 
 NAMES = (
     "pow.Tensor_Tensor pow.Tensor_Scalar pow.Scalar atan2 atanh cosh sinh elu exp2 gelu hypot"
-    " igamma igammac logaddexp logaddexp2 logit mish rsqrt sigmoid silu softplus special_i0e elu_backward"
-    " gelu_backward mish_backward silu_backward softplus_backward glu"
+    " igamma igammac logaddexp logaddexp2 logit mish rsqrt sigmoid silu softplus special_i0e"
+    " elu_backward gelu_backward mish_backward silu_backward softplus_backward glu"
 ).split()
 """Overloads without their `out=` and in-place forms. Not here: add and sub of 16-bit tensors with
 an `alpha` other than one, since every addition would then cost a call of Python."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fxpass import torch_private
-from fxpass.invariant.aten import NARROW, aten
+from fxpass.invariant.aten import NARROW, aten, is_empty
 from fxpass.kernels.invariant import dispatch
 
 Tensor = torch.Tensor
@@ -142,7 +142,7 @@ def matmul(self: Tensor, other: Tensor) -> Any:
     first, second = self.dim(), other.dim()
     if max(first, second) < 3 or not first or not second:
         return NotImplemented  # mm, mv or dot
-    if self.shape[-1] != other.shape[-2 if second > 1 else 0] or not self.numel():
+    if self.shape[-1] != other.shape[-2 if second > 1 else 0] or is_empty(self):
         return NotImplemented
     if second <= 2:
         made = torch.matmul(self.reshape(-1, self.shape[-1]), other)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from fxpass.invariant.aten import NARROW, along, as_reduced, dims_of, folded, unfolded
+from fxpass.invariant.aten import NARROW, along, as_reduced, dims_of, folded, is_empty, unfolded
 from fxpass.kernels.invariant import dispatch
+from fxpass.torch_private import statically_known_true
 
 Tensor = torch.Tensor
 Dims = Sequence[int] | int | None
@@ -97,7 +98,7 @@ def log_softmax(self: Tensor, dim: int, half_to_float: bool) -> Any:
 
 
 def _softmax(x: Tensor, dim: int, half_to_float: bool, log: bool) -> Any:
-    if not x.numel() or not dispatch.takes(x):
+    if is_empty(x) or not dispatch.takes(x):
         return NotImplemented
     if half_to_float and (x.dtype not in NARROW or x.device.type == "cpu"):
         return NotImplemented
@@ -148,7 +149,7 @@ def _spread(
     if dims is None or found is None or isinstance(correction, complex):
         return NotImplemented
     less = 1.0 if correction is None else float(correction)
-    if math.prod(self.shape[d] for d in dims) <= less:
+    if statically_known_true(math.prod(self.shape[d] for d in dims) <= less):
         return NotImplemented  # NaN or infinity, and torch's warning
     x = folded(self, dims)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32

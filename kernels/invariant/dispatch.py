@@ -1,12 +1,16 @@
 """Products, reductions and attention whose rows are invariant, by the device of the tensors.
 
 Every function says of its last dim what ATen says of `dim`; `fxpass.invariant.aten` makes ATen's
-operators of them. The modules of a device are imported when the first of its tensors comes.
+operators of them. The modules of a device are imported when the first of its tensors comes. While a
+graph is traced, `through` puts operators in their place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,6 +57,35 @@ def attentions(device: str) -> Any:
     return attention_gpu
 
 
+class _Through(threading.local):
+    operators: Any = None
+
+
+_through = _Through()
+
+
+@contextlib.contextmanager
+def through(operators: Any) -> Iterator[None]:
+    """Have this thread call `operators`, an object with functions of the same names, meanwhile."""
+    before, _through.operators = _through.operators, operators
+    try:
+        yield
+    finally:
+        _through.operators = before
+
+
+def _products(x: Tensor) -> Any:
+    return _through.operators or products(x.device.type)
+
+
+def _reductions(x: Tensor) -> Any:
+    return _through.operators or reductions(x.device.type)
+
+
+def _attentions(x: Tensor) -> Any:
+    return _through.operators or attentions(x.device.type)
+
+
 def takes(x: Tensor, product: bool = False) -> bool:
     """Whether there are kernels for a tensor: its device, layout and dtype."""
     device = x.device.type
@@ -75,7 +108,7 @@ def matmul(
 
     a (M, K) or (B, M, K); b (K, N) or (B, K, N); any strides; bias broadcasts to the output.
     """
-    made: Tensor = products(a.device.type).matmul(
+    made: Tensor = _products(a).matmul(
         a, b, bias, alpha=alpha, beta=beta, out_dtype=out_dtype, tf32=tf32
     )
     return made
@@ -83,37 +116,37 @@ def matmul(
 
 def row_sum(x: Tensor, *, dtype: torch.dtype) -> Tensor:
     """The sum over the last dim."""
-    made: Tensor = reductions(x.device.type).row_sum(x, dtype=dtype)
+    made: Tensor = _reductions(x).row_sum(x, dtype=dtype)
     return made
 
 
 def row_mean(x: Tensor, *, dtype: torch.dtype) -> Tensor:
     """The mean over the last dim."""
-    made: Tensor = reductions(x.device.type).row_mean(x, dtype=dtype)
+    made: Tensor = _reductions(x).row_mean(x, dtype=dtype)
     return made
 
 
 def row_norm(x: Tensor, p: float, *, dtype: torch.dtype) -> Tensor:
     """The p-norm over the last dim."""
-    made: Tensor = reductions(x.device.type).row_norm(x, p, dtype=dtype)
+    made: Tensor = _reductions(x).row_norm(x, p, dtype=dtype)
     return made
 
 
 def row_logsumexp(x: Tensor, *, dtype: torch.dtype) -> Tensor:
     """log(sum(exp(x))) over the last dim."""
-    made: Tensor = reductions(x.device.type).row_logsumexp(x, dtype=dtype)
+    made: Tensor = _reductions(x).row_logsumexp(x, dtype=dtype)
     return made
 
 
 def row_softmax(x: Tensor, *, dtype: torch.dtype, log: bool) -> Tensor:
     """(Log-)softmax over the last dim, of x's shape."""
-    made: Tensor = reductions(x.device.type).row_softmax(x, dtype=dtype, log=log)
+    made: Tensor = _reductions(x).row_softmax(x, dtype=dtype, log=log)
     return made
 
 
 def row_var_mean(x: Tensor, correction: float, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Variance and mean over the last dim."""
-    made: tuple[Tensor, Tensor] = reductions(x.device.type).row_var_mean(x, correction, dtype=dtype)
+    made: tuple[Tensor, Tensor] = _reductions(x).row_var_mean(x, correction, dtype=dtype)
     return made
 
 
@@ -121,15 +154,13 @@ def row_layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Layer norm over the last dim: (out in x's dtype, mean, rstd), the last two in float32."""
-    made: tuple[Tensor, Tensor, Tensor] = reductions(x.device.type).row_layer_norm(
-        x, weight, bias, eps
-    )
+    made: tuple[Tensor, Tensor, Tensor] = _reductions(x).row_layer_norm(x, weight, bias, eps)
     return made
 
 
 def row_cumsum(x: Tensor, *, dtype: torch.dtype) -> Tensor:
     """Running sums along the last dim."""
-    made: Tensor = reductions(x.device.type).row_cumsum(x, dtype=dtype)
+    made: Tensor = _reductions(x).row_cumsum(x, dtype=dtype)
     return made
 
 
@@ -143,7 +174,7 @@ def attention(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of (B, H, L, D) tensors: (out, logsumexp in float32)."""
-    made: tuple[Tensor, Tensor] = attentions(q.device.type).attention(
+    made: tuple[Tensor, Tensor] = _attentions(q).attention(
         q, k, v, mask, causal=causal, scale=scale
     )
     return made
