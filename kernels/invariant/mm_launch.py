@@ -111,12 +111,27 @@ class Pointers(_Launched):
         index: int,
         steps: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None],
         *,
+        copies: bool,
         tf32: bool,
         wide: bool,
         pdl: bool,
         aligned: bool,
     ) -> None:
-        """steps: strides of batch, row and column of a, b and bias."""
+        """Of the arguments that explain themselves least.
+
+        Args:
+            problem: what is computed.
+            schedule: how.
+            shape: of the result, like the next two.
+            dtype: see there.
+            index: of the device.
+            steps: strides of batch, row and column of a, b and bias.
+            copies: whether b has to be made contiguous; the strides are those of the copy.
+            tf32: whether float32 operands may be rounded.
+            wide: whether offsets need 64 bits.
+            pdl: whether a kernel may be launched before the one it depends on has ended.
+            aligned: whether all tensors start at a multiple of ALIGNED bytes.
+        """
         from fxpass.kernels.invariant import mm_triton
 
         super().__init__(problem, shape, dtype, index)
@@ -138,6 +153,7 @@ class Pointers(_Launched):
         programs = _tiles(problem, schedule) * problem.batch * (chunks if split else 1)
         options = _options(schedule)
         self._first = Launch(mm_triton.product, programs, integers, constants, options, aligned)
+        self._copies = copies
         self._sums = (problem.batch, chunks, problem.m, problem.n) if split else None
         if split:
             block = min(_FINISH_BLOCK, 1 << max(5, (problem.n - 1).bit_length()))
@@ -157,6 +173,8 @@ class Pointers(_Launched):
         """Allocates the result, and the chunks' sums if need be."""
         out = self._empty(a)
         shared = out if bias is None else bias  # not read without a bias
+        if self._copies:
+            b = b.contiguous()
         with self._on_device():
             if self._sums is None:
                 self._first((a, b, shared, out), alpha, beta)

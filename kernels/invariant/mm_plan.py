@@ -8,7 +8,7 @@ import torch
 
 from fxpass.kernels.invariant.chunks import mm_chunk
 from fxpass.kernels.invariant.mm_launch import ALIGNED, Descriptors, Plan, Pointers, Trivial
-from fxpass.kernels.invariant.mm_schedule import Device, Problem, pick
+from fxpass.kernels.invariant.mm_schedule import MOST_ROWS_IN_PLACE, Device, Problem, pick
 
 Tensor = torch.Tensor
 
@@ -54,6 +54,9 @@ def planned(
         return Descriptors(
             problem, schedule, shape, out_dtype, index, (a, b), steps, device.processors
         )
+    copies = problem.exact and problem.m > MOST_ROWS_IN_PLACE and _has_columns(b)
+    if copies:
+        b = torch.empty(b.shape, dtype=b.dtype, device="meta")
     return Pointers(
         problem,
         schedule,
@@ -61,6 +64,7 @@ def planned(
         out_dtype,
         index,
         (_three(a), _three(b), bias_steps),
+        copies=copies,
         tf32=tf32,
         wide=_is_far(a) or _is_far(b),
         pdl=device.family == "nvidia" and device.major >= 9,
@@ -131,6 +135,11 @@ def _describable(matrix: Tensor) -> bool:
     row, col = matrix.stride()
     outer = row if col == 1 else col
     return 1 in (row, col) and outer > 1 and outer * matrix.element_size() % ALIGNED == 0
+
+
+def _has_columns(matrix: Tensor) -> bool:
+    """Whether columns are contiguous and rows are not."""
+    return matrix.stride(-2) == 1 and matrix.stride(-1) != 1
 
 
 def _three(tensor: Tensor) -> tuple[int, ...]:

@@ -69,10 +69,10 @@ _HOPPER: Menu = (
     (12, Schedule("tma", 64, 32, 256, 4, 4)),
     (13, Schedule("tma", 64, 64, 128, 4, 5)),
     (16, Schedule("tma", 64, 128, 128, 4, 4)),
-    (24, Schedule("tma", 128, 128, 64, 8, 5)),
+    (23, Schedule("tma", 128, 128, 64, 4, 6)),
     (44, Schedule("tma", 128, 256, 64, 8, 3)),
 )
-"""One chunk, 16 bits, more than 16 rows. Measured on an H200 with bfloat16; one wave of tiles."""
+"""One chunk, 16 bits. Measured on an H200 with bfloat16; one wave of tiles."""
 
 _POINTERS: Menu = (
     (14, Schedule("walk", 64, 32, 128, 4, 4)),
@@ -80,9 +80,15 @@ _POINTERS: Menu = (
     (20, Schedule("walk", 64, 128, 64, 4, 4)),
     (26, Schedule("walk", 128, 128, 64, 8, 4)),
 )
-"""Everything else with more than 16 rows. Measured like _HOPPER."""
+"""Everything else. Measured like _HOPPER."""
 
+_LEAST_STAGES = 3
+"""A tile that leaves no room for them is not worth it."""
 _FEW_ROWS = 16
+MOST_ROWS_IN_PLACE = 4
+"""True float32 with more rows is faster on a copy of b whose rows are contiguous."""
+_HALF_A_TILE = 32
+"""Up to that many rows pointers are faster: descriptors take long to fill a tile with zeros."""
 _FINISH_US = 2.0
 """Least time of a second kernel."""
 _FINISH_BYTES_US = 3e6
@@ -100,9 +106,14 @@ def pick(device: Device, problem: Problem) -> Schedule:
     elif problem.m <= _FEW_ROWS:
         found = _few_rows(problem)
     else:
-        hopper = device.major == 9 and problem.tma and problem.chunks == 1
-        found = _cheapest(device, problem, _HOPPER if hopper else _POINTERS)
+        found = _cheapest(device, problem, _HOPPER if _by_tma(device, problem) else _POINTERS)
     return _fitting(device, problem, found)
+
+
+def _by_tma(device: Device, problem: Problem) -> bool:
+    """With several chunks a tile through descriptors was slower than one through pointers."""
+    fits = problem.tma and problem.chunks == 1 and problem.m > _HALF_A_TILE
+    return device.major == 9 and fits
 
 
 def _cheapest(device: Device, problem: Problem, menu: Menu) -> Schedule:
@@ -110,7 +121,7 @@ def _cheapest(device: Device, problem: Problem, menu: Menu) -> Schedule:
         choice
         for us, schedule in menu
         for choice in _choices(device, problem, us, schedule)
-        if schedule.kind != "tma" or _shared(problem, schedule) <= device.shared
+        if schedule.kind != "tma" or _fitting(device, problem, schedule).stages >= _LEAST_STAGES
     ]
     return min(choices)[1]
 
@@ -144,10 +155,12 @@ def _few_rows(problem: Problem) -> Schedule:
 
 def _exact(device: Device, problem: Problem) -> Schedule:
     """One multiply-add at a time in order of k, whatever the tile."""
-    if problem.m <= _FEW_ROWS:
+    if problem.m <= MOST_ROWS_IN_PLACE:
+        found = Schedule("walk", 1 if problem.m == 1 else 4, 64, 64, 2, 4)
+    elif problem.m <= _FEW_ROWS:
         found = Schedule("walk", 16, 32, 64, 4, 3)
     else:
-        found = Schedule("walk", 64, 64, 64, 8, 2)
+        found = Schedule("walk", 64, 64, 32, 4, 3)
     return _split_to_fill(device, problem, found)
 
 
