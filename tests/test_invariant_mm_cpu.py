@@ -278,6 +278,7 @@ def test_without_a_compiler_it_warns_once(monkeypatch):
         raise BuildError("no C++ compiler")
 
     monkeypatch.setattr(cpu_library, "_runs", Once())
+    monkeypatch.setattr(cpu_library, "_known", {})
     monkeypatch.setattr(cpu_build, "load_library", fails)
     a, b = drawn(9, 300, dtype=torch.bfloat16), drawn(300, 40, dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler"):

@@ -90,10 +90,10 @@ def test_same_bits_as_elementwise_torch(dtype, name):
 
 
 def test_width_of_registers_changes_no_bit(tmp_path):
-    given = [drawn(3, size, dtype=torch.bfloat16, scale=3) for size in SIZES]
-    here = [made for f in FUNCTIONS.values() for x in given for made in f(x, torch.float32)]
+    rows = [drawn(3, size, dtype=torch.bfloat16, scale=3) for size in SIZES]
+    here = [made for f in FUNCTIONS.values() for x in rows for made in f(x, torch.float32)]
     with built_for("x86-64", "rows", torch.bfloat16, tmp_path):
-        there = [made for f in FUNCTIONS.values() for x in given for made in f(x, torch.float32)]
+        there = [made for f in FUNCTIONS.values() for x in rows for made in f(x, torch.float32)]
     assert same(*zip(here, there, strict=True))
 
 

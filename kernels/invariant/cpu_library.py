@@ -28,6 +28,7 @@ _PARALLEL = 32_768  # elements below which one thread is faster
 _MULTIPLICATIONS = 16  # take the time of one element
 
 _runs: Once[Run | None] = Once()
+_known: dict[tuple[str, torch.dtype], Run] = {}  # what _runs holds, without its lock
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -46,7 +47,13 @@ def library(name: str, element: torch.dtype) -> Run | None:
 
     None, after one warning, where it cannot be built.
     """
-    return _runs.get((name, element), lambda: _built_or_warned(name, element))
+    key = name, element
+    known = _known.get(key)
+    if known is None:
+        known = _runs.get(key, lambda: _built_or_warned(name, element))
+        if known is not None:
+            _known[key] = known
+    return known
 
 
 def build_all(elements: Iterable[torch.dtype]) -> None:

@@ -16,6 +16,8 @@ from fxpass.kernels.invariant.cpu_library import TYPES, wide
 
 _FORMAT = struct.Struct("5P 5q 4q 4q 4q 4q 2d")  # FxProduct of mm_cpu.h
 _NO_STRIDES = (0, 0, 0, 0)
+_MISSING = ((0, 0), (0,), ())  # strides of the batch dims that are not there, by how many are
+_ONES = ((1, 1), (1,), ())  # and their sizes
 
 
 def matmul(
@@ -47,17 +49,15 @@ def matmul(
     """
     del tf32
     _check(a, b)
-    shape = (*a.shape[:-1], b.shape[-1])
-    bias = None if bias is None or beta == 0 else bias.to(wide(a.dtype)).expand(shape)
-    if a.dim() == 2:
-        operands = [None if t is None else t[None, None] for t in (a, b, bias)]
-    else:
-        a, b, bias = _without_batch(a, b, bias)
-        operands = [None if t is None else t[None] for t in (a, b, bias)]
-    a4, b4, bias4 = operands
-    assert a4 is not None
-    assert b4 is not None
-    return product(a4, b4, bias4, alpha=alpha, beta=beta, out_dtype=out_dtype).view(shape)
+    if bias is not None:
+        shape = (*a.shape[:-1], b.shape[-1])
+        bias = None if beta == 0 else bias.to(wide(a.dtype)).expand(shape)
+    elif a.dim() == 3 and b.stride(0) == 0 and b.shape[0] > 1:
+        rows = _as_rows(a)
+        if rows is not None:  # one product instead of many with the same b, which is packed once
+            flat = product(rows, b[0], alpha=alpha, out_dtype=out_dtype)
+            return flat.view(*a.shape[:2], b.shape[2])
+    return product(a, b, bias, alpha=alpha, beta=beta, out_dtype=out_dtype)
 
 
 def product(
@@ -71,33 +71,32 @@ def product(
     divisor: torch.Tensor | None = None,
     skip_zeros: bool = False,
 ) -> torch.Tensor:
-    """The product behind `matmul`, of two leading dims: (P, Q, M, K) @ (P, Q, K, N).
+    """The product behind `matmul`: of two, three or four dims, all of a, b and bias alike.
 
     Args:
-        a: Of `b`'s dtype, or any 16-bit or fp32 dtype if that of `b` is one too.
-        b: Any strides; its dtype picks the kernel.
-        bias: (P, Q, M, N) of the dtype that `wide` gives, any strides, or None.
+        a: (..., M, K) of `b`'s dtype, or any 16-bit or fp32 dtype if that of `b` is one too.
+        b: (..., K, N), any strides; its dtype picks the kernel.
+        bias: (..., M, N) of the dtype that `wide` gives, any strides, or None.
         alpha: As in `matmul`.
         beta: As in `matmul`.
         out_dtype: Of the output; None is that of `a`.
-        divisor: (P, Q, M) of the dtype that `wide` gives, contiguous, or None: divides the rows of
+        divisor: (..., M) of the dtype that `wide` gives, contiguous, or None: divides the rows of
             the sum before it is rounded. Not together with `bias`.
         skip_zeros: A zero in `a` adds nothing even where `b` holds NaN or infinity, and leaves the
             bits as if its k did not exist.
     """
-    outer, inner, m, k = a.shape
+    *batch, m, k = a.shape
     n = b.shape[-1]
     made = out_dtype or a.dtype
     written = made if (made == torch.float64) == (b.dtype == torch.float64) else wide(b.dtype)
-    out = torch.empty((outer, inner, m, n), dtype=written)
-    if out.numel() == 0:
-        return out.to(made)
-    if k == 0:
-        out.zero_()
-        return (out if bias is None else out + beta * bias).to(made)
+    out = torch.empty((*batch, m, n), dtype=written)
+    work = out.numel() * k
+    if work == 0:
+        return _without_products(out, bias, beta).to(made)
     run = cpu_library.library("product", b.dtype)
     if run is None:
         return mm_plain.product(a, b, bias, alpha, beta, divisor, skip_zeros, made)
+    missing = _MISSING[len(batch)]
     run(
         _FORMAT.pack(
             a.data_ptr(),
@@ -105,16 +104,20 @@ def product(
             0 if bias is None else bias.data_ptr(),
             0 if divisor is None else divisor.data_ptr(),
             out.data_ptr(),
-            *(outer, inner, m, n, k),
-            *a.stride(),
-            *b.stride(),
-            *(_NO_STRIDES if bias is None else bias.stride()),
+            *(*_ONES[len(batch)], *batch, m, n, k),
+            *(*missing, *a.stride()),
+            *(*missing, *b.stride()),
+            *(_NO_STRIDES if bias is None else (*missing, *bias.stride())),
             *(TYPES[a.dtype], TYPES[written], skip_zeros),
-            cpu_library.threads(0, out.numel() * k),
+            cpu_library.threads(0, work),
             *(alpha, beta),
         )
     )
     return out if written == made else out.to(made)
+
+
+def _without_products(out: torch.Tensor, bias: torch.Tensor | None, beta: float) -> torch.Tensor:
+    return out.zero_() if bias is None or out.numel() == 0 else out.copy_(beta * bias)
 
 
 def _check(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -127,12 +130,6 @@ def _check(a: torch.Tensor, b: torch.Tensor) -> None:
         raise ValueError(f"needs tensors on the CPU, not on {a.device} and {b.device}")
 
 
-def _without_batch(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """One product instead of many where every batch has the same b: b is then packed once."""
-    one = b.shape[0] > 1 and b.stride(0) == 0 and a.stride(0) == a.shape[1] * a.stride(1)
-    if not one or bias is not None:
-        return a, b, bias
-    rows = a.as_strided((1, a.shape[0] * a.shape[1], a.shape[2]), (0, *a.stride()[1:]))
-    return rows, b[:1], None
+def _as_rows(a: torch.Tensor) -> torch.Tensor | None:
+    """(B, M, K) as (B * M, K), if its strides allow that without a copy."""
+    return a.flatten(0, 1) if a.stride(0) == a.shape[1] * a.stride(1) else None
