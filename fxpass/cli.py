@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from fxpass import (
     __version__,
+    cli_audit,
     cli_bisect,
     cli_corpus,
     cli_diff,
@@ -24,7 +25,7 @@ from fxpass.cli_common import WRONG
 from fxpass.errors import FxpassError
 
 _ABOUT = "Find every RMSNorm of a model, show what a rewrite changes and what it leaves, and why."
-_COMMANDS = (cli_explain, cli_diff, cli_bisect, cli_corpus, cli_machine, cli_prove)
+_COMMANDS = (cli_explain, cli_diff, cli_bisect, cli_corpus, cli_machine, cli_prove, cli_audit)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from fxpass import cli_rows, torch_watch
 from fxpass.backend import rmsnorm_backend
 from fxpass.cli_common import FAILED, OK, Commands, command, write
 from fxpass.invariant import prove, prove_compiled, prove_eager
+from fxpass.invariant.measured import machine
 from fxpass.invariant.mode import batch_invariant_mode
 from fxpass.invariant.prove import KINDS, Case, Model, Proof
 from fxpass.invariant.prove_compiled import Compile
@@ -139,7 +140,7 @@ def _data(args: argparse.Namespace, model: Model, found: list[Found]) -> dict[st
         "target": args.target,
         "holds": all(one.proof.holds for one in found),
         "torch": torch.__version__,
-        "device": cli_rows.machine(device),
+        "device": machine(device),
         "rows": list(args.rows),
         "batch_dim": args.batch_dim,
         "batch_args": model.rows.batched,
@@ -172,7 +173,7 @@ def _case_data(case: Case) -> dict[str, Any]:
 
 def text(args: argparse.Namespace, model: Model, found: list[Found]) -> str:
     """The proofs for people."""
-    device = cli_rows.machine(cli_rows.device_of(model))
+    device = machine(cli_rows.device_of(model))
     names = ", ".join(model.rows.batched)
     head = f"{args.target} on {device}, torch {torch.__version__}; rows: dim {args.batch_dim} of"
     return "\n\n".join([f"{head} {names}", *(_proof(one) for one in found)])

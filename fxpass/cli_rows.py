@@ -91,10 +91,3 @@ def model_of(args: argparse.Namespace, target: Target) -> Model:
 def device_of(model: Model) -> torch.device:
     """Where the rows are."""
     return next(iter(model.rows.pool.values())).device
-
-
-def machine(device: torch.device) -> str:
-    """The device in words, as tables of measurements name it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return device.type

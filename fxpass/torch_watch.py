@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+Overload: type = torch._ops.OpOverload
+"""An operator as graphs and dispatch modes see it; what is none is a higher-order operator."""
+
 Seen = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
 """Called with an operator, its arguments and its result."""
 

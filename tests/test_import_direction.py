@@ -34,7 +34,7 @@ MODULES = """
     kernels.invariant.attention_cpu
     kernels.invariant.chunks kernels.invariant.mm_triton kernels.invariant.mm_schedule
     kernels.invariant.mm_launch kernels.invariant.mm_plan kernels.invariant.mm_gpu
-    kernels.invariant.triton_math kernels.invariant.reduce_triton kernels.invariant.scan_triton
+    kernels.invariant.triton_launch kernels.invariant.triton_math kernels.invariant.reduce_triton kernels.invariant.scan_triton
     kernels.invariant.reduce_gpu
     kernels.invariant.attention_triton kernels.invariant.attention_gpu
     kernels.invariant.dispatch
@@ -53,9 +53,10 @@ MODULES = """
     doctor numerics
     invariant.source invariant.compare invariant.trace invariant.vary invariant.prove
     invariant.prove_eager invariant.prove_compiled
+    invariant.families invariant.measured invariant.measure invariant.collectives invariant.audit
     corpus_rows corpus
     cli_common cli_rows cli_baseline cli_explain cli_diff cli_bisect cli_machine cli_corpus
-    cli_prove
+    cli_prove cli_audit
     cli __main__
 """.split()
 
@@ -91,6 +92,7 @@ ENVIRONMENT: dict[str, set[str] | None] = {
     "kernels.cpu_build": {"CXX"},
     "kernels.build_cache": {"XDG_CACHE_HOME"},
     "diff_text": {"NO_COLOR"},
+    "invariant.collectives": None,  # what NCCL reads
 }
 
 

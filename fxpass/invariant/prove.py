@@ -79,22 +79,32 @@ class Proof:
 class Model:
     """A model that forgets each call: buffers, random numbers and gradients."""
 
-    def __init__(self, name: str, model: Callable[..., Any], rows: Rows) -> None:
-        self.name, self.model, self.rows = name, model, rows
+    def __init__(self, name: str, model: Callable[..., Any], rows: Rows | None) -> None:
+        self.name, self.model, self._rows = name, model, rows
         module = model if isinstance(model, torch.nn.Module) else None
         self._buffers = [(b, b.detach().clone()) for b in module.buffers()] if module else []
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of its arguments, where those are asked for."""
+        assert self._rows is not None
+        return self._rows
 
     def run(self, call: Callable[..., Any], indices: Sequence[int]) -> list[Any]:
         """The leaves of the result for a batch. `call` is the model, or compiled from it."""
         args, kwargs = self.rows.call(indices)
-        with self.fresh():
-            try:
-                return torch_private.leaves(call(*args, **kwargs))
-            except FxpassError:
-                raise
-            except Exception as error:
-                doing = f"the model with {len(indices)} rows"
-                raise TargetError(f"TARGET {self.name}: {said(error, doing)}") from error
+        with self.fresh(), self.said(f"the model with {len(indices)} rows"):
+            return torch_private.leaves(call(*args, **kwargs))
+
+    @contextlib.contextmanager
+    def said(self, doing: str = "the model") -> Iterator[None]:
+        """An error of the model's, in one line. Raises TargetError."""
+        try:
+            yield
+        except FxpassError:
+            raise
+        except Exception as error:
+            raise TargetError(f"TARGET {self.name}: {said(error, doing)}") from error
 
     @contextlib.contextmanager
     def fresh(self) -> Iterator[None]:
@@ -117,7 +127,7 @@ def model_of(
 ) -> Model:
     """A model with the rows of its arguments. Raises FxpassError if it cannot run."""
     rows = vary.find(args, kwargs, dim, named)
-    rows = vary.filled(rows, _limits(Model(name, model, rows), rows))
+    rows = vary.filled(rows, _limits(Model(name, model, None), rows))
     return Model(name, model, rows)
 
 
@@ -137,11 +147,8 @@ def _limits(model: Model, rows: Rows) -> dict[int, int]:
                 found[leaf] = min(args[0].shape[0], found.get(leaf, args[0].shape[0]))
 
     args, kwargs = torch_private.unflattened([leaf.value for leaf in rows.leaves], rows.spec)
-    with model.fresh(), torch_watch.watching(see):
-        try:
-            model.model(*args, **kwargs)
-        except Exception as error:
-            raise TargetError(f"TARGET {model.name}: {said(error, 'the model')}") from error
+    with model.fresh(), model.said(), torch_watch.watching(see):
+        model.model(*args, **kwargs)
     return found
 
 
