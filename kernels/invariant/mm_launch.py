@@ -223,6 +223,7 @@ class Descriptors(_Launched):
             for view, block in zip((a, b), blocks(schedule, transposed), strict=False)
         ]
         self._views.append((tuple(shape), (problem.n, 1), (schedule.block_m, schedule.block_n)))
+        self._kind = mm_triton.DESCRIPTOR
         self._fields: list[dict[str, Any]] | None = None
 
     def __call__(
@@ -237,11 +238,10 @@ class Descriptors(_Launched):
 
     def _described(self, tensors: tuple[Tensor, ...]) -> list[Any]:
         """A descriptor of each tensor. Triton checks the first ones."""
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
+        kind = self._kind
         if self._fields is None:
             made = [
-                TensorDescriptor(tensor, *map(list, view))
+                kind(tensor, *map(list, view))
                 for tensor, view in zip(tensors, self._views, strict=True)
             ]
             # Without the tensors: a plan keeps no memory alive.
@@ -249,7 +249,7 @@ class Descriptors(_Launched):
             return made
         made = []
         for tensor, fields in zip(tensors, self._fields, strict=True):
-            descriptor = object.__new__(TensorDescriptor)
+            descriptor = object.__new__(kind)
             vars(descriptor).update(fields)
             descriptor.base = tensor
             made.append(descriptor)

@@ -80,7 +80,7 @@ def device_of(index: int) -> Device:
     found = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         return Device("amd", found.major, found.multi_processor_count, 64 << 10)
-    shared = int(found.shared_memory_per_block_optin)
+    shared = int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block))
     return Device("nvidia", found.major, found.multi_processor_count, shared)
 
 

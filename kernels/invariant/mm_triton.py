@@ -1,5 +1,5 @@
 # ruff: noqa: N803, SIM102, SIM108 - constants are uppercase, constant conditions stand alone
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc,import-untyped"
 """Matrix products in Triton whose bits are those of `chunks`, whatever the schedule.
 
 `product` reads through pointers, `product_tma` through tensor descriptors; both walk all chunks of
@@ -12,6 +12,9 @@ Integers: m, n, k; strides in elements; `chunk` is a constant, a multiple of BLO
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools import tensor_descriptor
+
+DESCRIPTOR = tensor_descriptor.TensorDescriptor
 
 
 @triton.jit
