@@ -25,7 +25,7 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 
 from fxpass import capture, facts, sampling, target_dump, target_hf, torch_private
-from fxpass.target_errors import TargetError, said
+from fxpass.target_errors import TargetError, said, said_of_file
 
 FORMS = "module:callable, file.py:callable, hf:TYPE, program.pt2 or a folder of dumped graphs"
 NEEDED = "needs (model, args) or (model, args, kwargs), args being a tuple"
@@ -62,9 +62,15 @@ class Target:
         tensors = torch_private.fake_tensors() if self.fake else contextlib.nullcontext()
         with tensors, torch.set_grad_enabled(train):
             try:
-                return capture.graphs(self.model, self.args, self.kwargs)
+                found = capture.graphs(self.model, self.args, self.kwargs)
             except Exception as error:
                 raise TargetError(f"TARGET {self.name}: {said(error, 'the model')}") from error
+        if not found:
+            raise TargetError(
+                f"TARGET {self.name}: torch.compile makes no graph of this model;"
+                " is compiling disabled in it, or does it compute nothing?"
+            )
+        return found
 
     def _requires_grad(self) -> bool:
         values = torch_private.leaves((self.args, self.kwargs))
@@ -226,8 +232,7 @@ def _exported(text: str) -> Target:
     try:
         program = torch.export.load(text)
     except Exception as error:
-        hint = "needs a file from torch.export.save (an AOTInductor package has no graph)"
-        raise TargetError(f"TARGET {text}: cannot be read; {hint}") from error
+        raise TargetError(f"TARGET {text}: {said_of_file(error)}") from error
     try:
         args, kwargs = program.example_inputs or _made_up(program)
         return Target(text, program.module(), tuple(args), dict(kwargs))

@@ -14,6 +14,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _PYTHON = os.path.dirname(os.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
 _NO_CUDA = re.compile(
+    r"on a CUDA device but torch.cuda.is_available|"
     r"not compiled with CUDA|not linked with support for cuda|No CUDA GPUs|Found no NVIDIA",
     re.I,
 )
@@ -34,6 +35,15 @@ def said(error: BaseException, doing: str) -> str:
             " use --fake, and --platform cuda:sm_90 say, to plan without the GPU"
         )
     return f"{doing} raised {_what(error)}{place}; --traceback shows where"
+
+
+def said_of_file(error: BaseException) -> str:
+    """An error of reading a saved program."""
+    if _NO_CUDA.search(str(error)):
+        found = f"torch {torch.__version__} finds none here"
+        return f"holds tensors on CUDA, and {found}; export the model on the CPU"
+    needs = "a file from torch.export.save (an AOTInductor package has no graph)"
+    return f"cannot be read ({_what(error)}); needs {needs}"
 
 
 def _what(error: BaseException) -> str:

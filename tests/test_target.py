@@ -188,6 +188,39 @@ def test_cuda_where_there_is_none() -> None:
         load(f"{MODELS}:make_on_gpu")
 
 
+def test_model_that_torch_compile_leaves_alone() -> None:
+    """Nothing rewritten because nothing was looked at is not the same as no norms."""
+    disabled = torch.compiler.disable(lambda x: torch.nn.functional.rms_norm(x, (64,)))
+    with pytest.raises(TargetError, match=r"torch.compile makes no graph of this model; .* disab"):
+        target.Target("disabled", disabled, (torch.ones(2, 64),)).graphs()
+
+
+UNREADABLE = {
+    "PytorchStreamReader failed\nmore": "cannot be read (RuntimeError: PytorchStreamReader failed);"
+    " needs a file from torch.export.save",
+    "Attempting to deserialize object on a CUDA device but torch.cuda.is_available() is False.": (
+        f"holds tensors on CUDA, and torch {torch.__version__} finds none here; export the model"
+    ),
+}
+
+
+@pytest.mark.parametrize("raised", UNREADABLE, ids=["broken", "cuda"])
+def test_exported_program_that_cannot_be_read(
+    raised: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.pt2"
+    path.write_text("")
+
+    def load_it(file: str) -> None:
+        raise RuntimeError(raised)
+
+    monkeypatch.setattr(torch.export, "load", load_it)
+    with pytest.raises(TargetError) as caught:
+        load(str(path))
+    assert UNREADABLE[raised] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 DUMP = """
 import os, sys, torch, cli_models
 model, args = getattr(cli_models, sys.argv[1])()
