@@ -34,8 +34,8 @@ MODULES = """
     kernels.invariant.attention_cpu
     kernels.invariant.chunks kernels.invariant.mm_triton kernels.invariant.mm_schedule
     kernels.invariant.mm_launch kernels.invariant.mm_plan kernels.invariant.mm_gpu
-    kernels.invariant.triton_launch kernels.invariant.triton_math kernels.invariant.reduce_triton kernels.invariant.scan_triton
-    kernels.invariant.reduce_gpu
+    kernels.invariant.triton_launch kernels.invariant.triton_math
+    kernels.invariant.reduce_triton kernels.invariant.scan_triton kernels.invariant.reduce_gpu
     kernels.invariant.attention_triton kernels.invariant.attention_gpu
     kernels.invariant.dispatch
     platforms fusable layout copies select traffic plan ops

@@ -73,8 +73,21 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
-@pytest.mark.parametrize("name", CASES)
+# Every case compiles for every target; a kernel takes seconds, so each target has two or three.
+WHERE = {
+    "prefill": ("80", "90", "gfx942"),
+    "decode": ("90", "gfx950"),
+    "masked": ("gfx942",),
+    "wide": ("80", "gfx942"),
+    "narrow": ("gfx950",),
+    "float32": ("90", "100"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [(name, target) for name in CASES for target in TARGETS if str(target[1]) in WHERE[name]],
+)
 def test_compiles(name, target):
     lq, lk, head, dtype, causal, mask = CASES[name]
     found = built(lq, lk, head, dtype, target, causal, mask)
@@ -83,7 +96,7 @@ def test_compiles(name, target):
     assert found.metadata.shared <= limit * 1024, found.metadata.shared
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
+@pytest.mark.parametrize("target", [TARGETS[2], TARGETS[4]], ids=lambda target: str(target[1]))
 def test_merge_compiles(target):
     from fxpass.kernels.invariant import attention_triton
     from fxpass.kernels.invariant.triton_math import FIXED

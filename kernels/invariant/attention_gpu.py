@@ -9,10 +9,12 @@ in float32.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+
+from fxpass.kernels.invariant.triton_launch import launch
 
 Tensor = torch.Tensor
 
@@ -94,16 +96,14 @@ def attention(
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     found = schedule(q, k, max(head, wide))
     scale = head**-0.5 if scale is None else scale
-    here = not q.is_cuda or torch.cuda.current_device() == q.get_device()
-    with nullcontext() if here else torch.cuda.device(q.device):
-        if found.split:
-            rows, chunks = lse.numel(), -(-lk // CHUNK)
-            parts = q.new_empty((chunks, batch, heads, lq, wide), dtype=torch.float32)
-            sums, tops = (q.new_empty((chunks, rows), dtype=torch.float32) for _ in range(2))
-            _tiles(q, k, v, mask, parts[0], sums, tops, causal, scale, found)
-            _merge(parts, sums, tops, out, lse)
-        else:
-            _tiles(q, k, v, mask, out, lse, lse, causal, scale, found)
+    if found.split:
+        rows, chunks = lse.numel(), -(-lk // CHUNK)
+        parts = q.new_empty((chunks, batch, heads, lq, wide), dtype=torch.float32)
+        sums, tops = (q.new_empty((chunks, rows), dtype=torch.float32) for _ in range(2))
+        _tiles(q, k, v, mask, parts[0], sums, tops, causal, scale, found)
+        _merge(parts, sums, tops, out, lse)
+    else:
+        _tiles(q, k, v, mask, out, lse, lse, causal, scale, found)
     return out, lse
 
 
@@ -125,15 +125,29 @@ def _tiles(
     lk, wide = v.shape[2], v.shape[3]
     kind, told, mask_strides = _masked(q, lk, mask)
     tiles = batch * (heads // found.pack) * -(-found.pack * lq // found.block_m)
-    attention_triton.attention[(tiles, -(-lk // CHUNK) if found.split else 1)](
-        q, k, v, told, out, lse, tops, scale * _LOG2E, batch * heads * lq, lq, lk, heads, heads // k.shape[1],
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides, *out.stride()[:3],
-        PACK=found.pack, BLOCK_M=found.block_m, CHUNK=CHUNK,
-        LEVELS=block_n(max(head, wide), q.dtype).bit_length() - 1,
-        D=head, DV=wide, D_PAD=_padded(head), DV_PAD=_padded(wide),
-        CAUSAL=causal, MASK=kind, SPLIT=found.split,
-        num_warps=found.warps, num_stages=found.stages, **_options(),
-    )  # fmt: skip
+    numbers = (scale * _LOG2E, batch * heads * lq, lq, lk, heads, heads // k.shape[1])
+    strides = (t.stride()[:3] for t in (q, k, v))
+    constants = {
+        "PACK": found.pack,
+        "BLOCK_M": found.block_m,
+        "LEVELS": block_n(max(head, wide), q.dtype).bit_length() - 1,
+        "CHUNK": CHUNK,
+        "D": head,
+        "DV": wide,
+        "D_PAD": _padded(head),
+        "DV_PAD": _padded(wide),
+        "CAUSAL": causal,
+        "MASK": kind,
+        "SPLIT": found.split,
+    }
+    launch(
+        attention_triton.attention,
+        (tiles, -(-lk // CHUNK) if found.split else 1),
+        (q, k, v, told, out, lse, tops),
+        (*numbers, *chain(*strides), *mask_strides, *out.stride()[:3]),
+        constants,
+        {"num_warps": found.warps, "num_stages": found.stages, **_options()},
+    )
 
 
 def _merge(parts: Tensor, sums: Tensor, tops: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -142,10 +156,14 @@ def _merge(parts: Tensor, sums: Tensor, tops: Tensor, out: Tensor, lse: Tensor) 
     _, heads, lq, wide = out.shape
     rows = lse.numel()
     together = max(1, 512 // _padded(wide))
-    attention_triton.merge[(-(-rows // together),)](
-        parts, sums, tops, out, lse, rows, len(parts), lq, heads, *out.stride()[:3],
-        ROWS=together, DV=wide, DV_PAD=_padded(wide), num_warps=4, **_options(),
-    )  # fmt: skip
+    launch(
+        attention_triton.merge,
+        (-(-rows // together),),
+        (parts, sums, tops, out, lse),
+        (rows, len(parts), lq, heads, *out.stride()[:3]),
+        {"ROWS": together, "DV": wide, "DV_PAD": _padded(wide)},
+        {"num_warps": 4, **_options()},
+    )
 
 
 def _options() -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _walk(
 
 @triton.jit
 def _finished(l, o):
-    """The mean of v, never -0: a block of zeros would change that. 0 for a row that sees nothing."""
+    """The mean of v, 0 if nothing is seen; never -0, which a block of zeros would change."""
     return o * tl.where(l == 0.0, 0.0, inverse(l))[:, None] + 0.0
 
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 import struct
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from fxpass.kernels import gpu_rows
 from fxpass.kernels.gpu_call import addressed
+from fxpass.kernels.invariant.triton_launch import launch
 
 Tensor = torch.Tensor
 
@@ -125,6 +125,7 @@ def row_layer_norm(
 def row_cumsum(x: Tensor, *, dtype: torch.dtype) -> Tensor:
     """(..., R) -> contiguous (..., R): element i depends on elements 0 to i alone."""
     from fxpass.kernels.invariant import scan_triton
+    from fxpass.kernels.invariant.triton_math import FIXED
 
     wide = _is_wide(x, dtype)
     out = torch.empty(x.shape, dtype=_WIDEST if wide else dtype, device=x.device)
@@ -134,10 +135,10 @@ def row_cumsum(x: Tensor, *, dtype: torch.dtype) -> Tensor:
     lanes = min(scan_triton.BLOCK, 1 << (x.shape[-1] - 1).bit_length())
     together = max(1, _OF_A_WARP // lanes)
     numbers = (rows.count, x.shape[-1], rows.inner, rows.outer[0], rows.step[0])
-    _on_device(
-        scan_triton.row_cumsum, -(-rows.count // together), (x, out, *numbers), x,
-        max(1, lanes // _OF_A_WARP),
-        ROWS=together, LEVELS=lanes.bit_length() - 1, WIDE=wide,
+    launch(
+        scan_triton.row_cumsum, (-(-rows.count // together),), (x, out), numbers,
+        {"ROWS": together, "LEVELS": lanes.bit_length() - 1, "WIDE": wide},
+        {"num_warps": max(1, lanes // _OF_A_WARP), **FIXED},
     )  # fmt: skip
     return out.to(dtype)
 
@@ -178,6 +179,7 @@ def _launch(
 ) -> None:
     """Launch a kernel of `reduce_triton` on every row of x."""
     from fxpass.kernels.invariant import reduce_triton
+    from fxpass.kernels.invariant.triton_math import FIXED
 
     if not x.numel():
         return
@@ -186,9 +188,11 @@ def _launch(
     place = (rows.count, x.shape[-1], rows.inner, rows.outer[0], rows.step[0])
     if together > 1 or warps == 1:
         meta = _without_exchange(meta)
-    _on_device(
-        getattr(reduce_triton, name), -(-rows.count // together), (x, *tensors, *place, *numbers),
-        x, warps, ROWS=together, LANES=gpu_rows.lanes(x.shape[-1]), WIDE=wide, **meta,
+    launch(
+        getattr(reduce_triton, name), (-(-rows.count // together),), (x, *tensors),
+        (*place, *numbers),
+        {"ROWS": together, "LANES": gpu_rows.lanes(x.shape[-1]), "WIDE": wide, **meta},
+        {"num_warps": warps, **FIXED},
     )  # fmt: skip
 
 
@@ -221,16 +225,6 @@ def _addressed(x: Tensor) -> tuple[Tensor, gpu_rows.Rows]:
     """x, copied if its rows cannot be addressed, and the way to its rows."""
     rows, copies = addressed(x, None)
     return x.contiguous() if copies else x, rows
-
-
-def _on_device(
-    kernel: Any, programs: int, arguments: tuple[Any, ...], x: Tensor, warps: int, **meta: Any
-) -> None:
-    from fxpass.kernels.invariant.triton_math import FIXED
-
-    here = not x.is_cuda or torch.cuda.current_device() == x.get_device()
-    with nullcontext() if here else torch.cuda.device(x.device):
-        kernel[(programs,)](*arguments, num_warps=warps, **FIXED, **meta)
 
 
 def _values(x: Tensor, dtype: torch.dtype) -> Tensor:
