@@ -32,7 +32,7 @@ def read_element(anchor: Term, core: Core, binds: Binds) -> tuple[Step, ...]:
     while exact(term) is not core.x:
         if term.shape is None or not facts.same_shape(tuple(term.shape), shape):
             decline("the result is broadcast to another shape", term)
-        if term.op == "copy":
+        if term.op in ("copy", "reorder"):
             term = term.args[0]
             continue
         dtype = known_dtype(term)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fxpass.terms import Term, exact, number
+from fxpass.terms import Term, exact, number, ordered
 
 Binds = dict[str, Term]
 
@@ -61,7 +61,7 @@ class Known(Expr):
 
     def match(self, term: Term, binds: Binds) -> Iterator[Binds]:
         """Yes if it is that value."""
-        if term is self.term or exact(term) is exact(self.term):
+        if term is self.term or ordered(term) is exact(self.term):
             yield binds
 
 
@@ -88,7 +88,7 @@ class Op(Expr):
 
     def match(self, term: Term, binds: Binds) -> Iterator[Binds]:
         """Match the operation, then its arguments left to right."""
-        term = bare(term) if self.per_row else exact(term)
+        term = bare(term) if self.per_row else ordered(term)
         if term.op != self.op or len(term.args) != len(self.args):
             return
         yield from _match_all(self.args, term.args, binds)

@@ -104,14 +104,14 @@ class _Search:
         return None
 
     def _above(self, core: Term) -> Iterator[Term]:
-        """The normalised value and what is computed from it by casts, scales and adds."""
+        """The normalised value and what is computed from it by casts, scales, adds and copies."""
         level, seen = [core], {core}
         for _ in range(_MAX_FINISH):
             yield from level
             following = [parent for term in level for parent in self.parents.get(term, ())]
             level = []
             for parent in following:
-                if parent not in seen and parent.op in ("cast", "mul", "add"):
+                if parent not in seen and parent.op in ("cast", "mul", "add", "reorder"):
                     seen.add(parent)
                     level.append(parent)
 

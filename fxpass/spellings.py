@@ -41,23 +41,36 @@ def _cast(call: Call) -> Term | None:
 
 @spelled(aten.alias.default, aten.contiguous.default, "contiguous")
 def _same(call: Call) -> Term | None:
-    """The same tensor, unless memory is written or the result is laid out otherwise."""
+    """The same tensor, or a copy in another memory order, unless memory is written."""
     source = call.term(0, "self", "input")
-    return source if source is not None and _same_layout(call, source) else None
+    return _copied(call, source, source)
 
 
 @spelled(aten.clone.default, aten.lift_fresh_copy.default, "clone", torch.clone)
 def _copy(call: Call) -> Term | None:
-    """The same value in memory of its own, under the same conditions."""
+    """The same value in memory of its own, under the same condition."""
     source = call.term(0, "self", "input")
-    return call.make("copy", source) if source is not None and _same_layout(call, source) else None
+    return _copied(call, source, call.make("copy", source))
 
 
-def _same_layout(call: Call, source: Term) -> bool:
-    if not source.nodes or call.table.writes:
-        return False
+_COMPUTED = ("mul", "div", "cast", "add")
+"""What stands at the end of a norm, where AOTAutograd may put a copy in another memory order."""
+
+
+def _copied(call: Call, source: Term | None, alike: Term | None) -> Term | None:
+    """`alike` if source and result are laid out alike, else a value that says that they are not.
+
+    A norm's end is looked for behind that one too; what a kernel reads is taken as it is.
+    """
+    if source is None or not source.nodes or call.table.writes:
+        return None
     found = facts.of(source.nodes[0])
-    return found is not None and facts.same_shape(found.stride, call.result.stride)
+    if found is None:
+        return None
+    if facts.same_shape(found.stride, call.result.stride):
+        return alike
+    order = tuple(map(str, call.result.stride))
+    return call.make("reorder", source, params=order) if source.op in _COMPUTED else None
 
 
 @spelled(

@@ -116,6 +116,14 @@ def exact(term: Term) -> Term:
     return term
 
 
+def ordered(term: Term) -> Term:
+    """The same without copies into another memory order too: equal values, maybe other strides."""
+    term = exact(term)
+    while term.op == "reorder":
+        term = exact(term.args[0])
+    return term
+
+
 def _exact(term: Term) -> bool:
     source = term.args[0].dtype
     return source is not None and term.dtype is not None and is_exact_cast(source, term.dtype)

@@ -131,6 +131,40 @@ def channels_moved_last(x, w):
     return llama(x.permute(1, 2, 0), w)
 
 
+@matches("rms_norm.scale_then_cast", SCALE_CAST, "bf16[64,2,8]", W)
+def copied_before_the_cast(x, w):
+    """What AOTAutograd makes of F.rms_norm on a permuted x: eager's result is contiguous."""
+    return F.rms_norm(x.permute(1, 2, 0), (64,), w, 1e-6)
+
+
+@matches("rms_norm.cast", CAST, "bf16[64,2,8]")
+def copied_at_the_end(x):
+    return unit(x.permute(1, 2, 0)).to(x.dtype).contiguous()
+
+
+@matches(NAME, LLAMA, "bf16[64,2,8]", W)
+def copied_before_the_weight(x, w):
+    return w * unit(x.permute(1, 2, 0)).to(w.dtype).contiguous()
+
+
+@matches("rms_norm.cast", CAST, "bf16[64,2,8]")
+def copied_and_read_before(x):
+    y = unit(x.permute(1, 2, 0)).to(x.dtype)
+    return y.contiguous(), y
+
+
+@matches("rms_norm.cast", CAST, "bf16[64,2,8]")
+def copied_in_two_orders(x):
+    y = unit(x.permute(1, 2, 0)).to(x.dtype)
+    return y.contiguous(), y.clone(memory_format=torch.preserve_format), y.mT.contiguous()
+
+
+@matches("rms_norm.cast", CAST, "bf16[64,2,8]")
+def a_contiguous_copy_normed(x):
+    y = x.permute(1, 2, 0).contiguous()
+    return unit(y).to(x.dtype), y
+
+
 @matches("rms_norm", PLAIN, "f32[2,8,1]")
 def expanded_input(x):
     return unit(x.expand(2, 8, 64))
