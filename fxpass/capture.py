@@ -42,13 +42,16 @@ def explain(
         return report
 
     torch_private.visit_post_grad_graphs(model, args, kwargs, plan)
-    if not report.rewritten and _on_meta((*args, *kwargs.values())):
-        reason = "inputs are on the meta device, where Inductor folds the computation away;"
-        report.declined.append(Decline("graph", f"{reason} use FakeTensorMode on a real device"))
+    if not report.rewritten and on_meta((*args, *kwargs.values())):
+        report.declined.append(Decline("graph", f"{ON_META}; use FakeTensorMode on a real device"))
     return report
 
 
-def _on_meta(values: Sequence[Any]) -> bool:
+ON_META = "inputs are on the meta device, where Inductor folds the computation away"
+
+
+def on_meta(values: Sequence[Any]) -> bool:
+    """Whether a tensor is on the meta device."""
     return any(isinstance(v, torch.Tensor) and v.device.type == "meta" for v in values)
 
 

@@ -59,6 +59,8 @@ class Target:
                 f"TARGET {self.name}: no parameter or input requires a gradient,"
                 " so there is nothing to train"
             )
+        if capture.on_meta(torch_private.leaves((self.args, self.kwargs))):
+            raise TargetError(f"TARGET {self.name}: {capture.ON_META}; use --fake instead")
         tensors = torch_private.fake_tensors() if self.fake else contextlib.nullcontext()
         with tensors, torch.set_grad_enabled(train):
             try:

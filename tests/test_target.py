@@ -195,6 +195,12 @@ def test_model_that_torch_compile_leaves_alone() -> None:
         target.Target("disabled", disabled, (torch.ones(2, 64),)).graphs()
 
 
+def test_inputs_on_the_meta_device() -> None:
+    found = target.Target("meta", torch.abs, (torch.ones(2, device="meta"),))
+    with pytest.raises(TargetError, match=r"on the meta device, where .*; use --fake instead"):
+        found.graphs()
+
+
 UNREADABLE = {
     "PytorchStreamReader failed\nmore": "cannot be read (RuntimeError: PytorchStreamReader failed);"
     " needs a file from torch.export.save",
