@@ -139,16 +139,14 @@ def _sites(target: Target, options: Options) -> list[SiteNumbers]:
     found: list[SiteNumbers] = []
 
     def watched(graph_module: fx.GraphModule) -> Callable[..., Any]:
+        for body in torch_private.graph_and_bodies(graph_module)[1:]:
+            body.forward = watch(body)
+        return watch(graph_module)
+
+    def watch(graph_module: fx.GraphModule) -> Callable[..., Any]:
         with torch_private.inside_inductor():
             plans = decide(matching.find(graph_module.graph), options).plans
-
-        def call(*args: Any) -> Any:
-            recorder = _Recorder(graph_module, plans)
-            result = recorder.run(*args)
-            found.extend(_site(plan, recorder.kept) for plan in plans)
-            return result
-
-        return call
+        return lambda *args: _Recorder(graph_module, plans, found).run(*args)
 
     assert target.model is not None
     _run(target, torch_private.through_post_grad(target.model, lambda graph: None, watched))
@@ -156,18 +154,25 @@ def _sites(target: Target, options: Options) -> list[SiteNumbers]:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what goes into the sites and comes out of them."""
+    """Runs a graph, keeps what goes into the sites, and compares each once it is computed."""
 
-    def __init__(self, graph_module: fx.GraphModule, plans: tuple[Plan, ...]) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, plans: tuple[Plan, ...], found: list[SiteNumbers]
+    ) -> None:
         super().__init__(graph_module)
-        self.kept: dict[fx.Node, Any] = {}
+        self._found = found
+        self._kept: dict[fx.Node, Any] = {}
         self._wanted = {node for plan in plans for node in (*plan.site.inputs, *_outputs(plan))}
+        self._complete: dict[fx.Node, list[Plan]] = {}
+        for plan in plans:
+            self._complete.setdefault(max(_outputs(plan)), []).append(plan)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; copies, because an input of the graph may be written to at its end."""
         result = super().run_node(n)
         if n in self._wanted:
-            self.kept[n] = result.clone()
+            self._kept[n] = result.clone()
+        self._found.extend(_site(plan, self._kept) for plan in self._complete.get(n, ()))
         return result
 
 

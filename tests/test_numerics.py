@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_models import make
+from cli_models import make, make_branch
 
 from fxpass import cli, numerics, sampling
 from fxpass.errors import FxpassError
@@ -109,3 +109,13 @@ def test_model_that_raises_is_one_line() -> None:
     target = dataclasses.replace(Target("model", *make()), model=broken)
     with pytest.raises(FxpassError, match=r"numerics: model: .*out of luck"):
         numerics.measure(target, REFERENCE)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_norms_in_a_branch_are_measured_where_they_run(monkeypatch, sign: int) -> None:
+    """One norm outside, one in the branch that positive values take."""
+    monkeypatch.setattr(numerics, "_wholes", lambda target, options: [])
+    model, (x,) = make_branch()
+    found = numerics.measure(Target("branch", model, (sign * x.abs(),)), REFERENCE)
+    assert len(found.sites) == (2 if sign > 0 else 1)
+    assert all(site.change == numerics.Change(1024, 0, 0) for site in found.sites)
