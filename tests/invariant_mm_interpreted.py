@@ -153,6 +153,14 @@ def test_batches(schedule, use):
     assert_product(a[:1].expand(3, 5, 300), b)
 
 
+def test_offsets_of_64_bits(use, monkeypatch):
+    """The same meaning where offsets are wide; that they have to be shows only on a GPU."""
+    monkeypatch.setattr(mm_plan, "_FAR", 1)
+    for schedule in (WALK, SPLIT):
+        use(schedule)
+        assert_product(ints(5, 300), ints(300, 33), ints(5, 33))
+
+
 def test_nothing_to_add(use):
     use(WALK)
     for a, b in (

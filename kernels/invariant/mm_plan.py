@@ -66,7 +66,7 @@ def planned(
         (_three(a), _three(b), bias_steps),
         copies=copies,
         tf32=tf32,
-        wide=_is_far(a) or _is_far(b),
+        wide=_is_far(a) or _is_far(b) or 128 * problem.n >= _FAR,
         pdl=device.family == "nvidia" and device.major >= 9,
         aligned=aligned,
     )

@@ -129,7 +129,10 @@ def product(
         total = _rounded(total, bias, at, ok, alpha, beta, HAS_BIAS, out.dtype.element_ty)
     # 64 bits to the tile's corner, 32 inside it.
     out += (place.to(tl.int64) * m + tile_m * BLOCK_M) * n + tile_n * BLOCK_N
-    at = tl.arange(0, BLOCK_M)[:, None] * n + tl.arange(0, BLOCK_N)[None, :]
+    inside = tl.arange(0, BLOCK_M)
+    if WIDE:
+        inside = inside.to(tl.int64)
+    at = inside[:, None] * n + tl.arange(0, BLOCK_N)[None, :]
     tl.store(out + at, total, mask=ok)
 
 
