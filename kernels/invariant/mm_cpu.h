@@ -119,7 +119,8 @@ static inline void transpose(V* row) {
   }
 }
 
-// One step of the chain. An empty chain is -0 where steps can be skipped: adding it changes nothing.
+// One step of the chain. A step that is skipped differs from one that adds 0 in the sign of a zero
+// alone, which write_block drops.
 template <bool SKIP>
 static inline V step(V a, V b, V sum) {
   if constexpr (SKIP) {
@@ -129,11 +130,6 @@ static inline V step(V a, V b, V sum) {
   }
 }
 
-template <bool SKIP>
-static inline V start() {
-  return splat(SKIP ? -(C)0 : (C)0);
-}
-
 // ---- Tiles of packed operands -------------------------------------------------------------------
 
 // c[R][PANEL] = or += the sum of one chunk. a: R rows of A_ROW; b: [k][PANEL].
@@ -141,7 +137,7 @@ template <int R, bool SKIP>
 static void tile(const C* a, const C* b, fx_i64 k, C* c, bool first) {
   V sum[R][VECTORS];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < VECTORS; ++v) sum[r][v] = start<SKIP>();
+    for (int v = 0; v < VECTORS; ++v) sum[r][v] = V{};
   for (fx_i64 i = 0; i < k; ++i) {
     V value[VECTORS];
     for (int v = 0; v < VECTORS; ++v) value[v] = get(b + i * PANEL + v * VL);
@@ -239,7 +235,7 @@ static inline void write_block(const FxProduct& p, const Block& at, const C* sum
       const C by = ((const C*)p.divisor)[batch * p.m + at.row + r];
       write([=](C sum, fx_i64) { return (sum + (C)0) / by; });
     } else if (!bias) {
-      write([=](C sum, fx_i64) { return sum + (C)0; });  // -0, the sum of nothing, becomes 0
+      write([=](C sum, fx_i64) { return sum + (C)0; });  // -0 becomes 0
     } else if (step == 1) {
       write([=](C sum, fx_i64 j) { return sum + beta * bias[j]; });
     } else {

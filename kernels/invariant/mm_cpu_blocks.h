@@ -71,7 +71,7 @@ static void thin_down(const FxProduct& p, const Block& at) {
     const fx_i64 k = p.k - start_k < CHUNK ? p.k - start_k : CHUNK;
     for (int r = 0; r < R; ++r) take_a(p, a_at(p, at, r, start_k), k, a + r * A_ROW);
     C* into = start_k == 0 ? total : sum;
-    for (fx_i64 i = 0; i < R * THIN_BLOCK; i += VL) put(into + i, start<SKIP>());
+    for (fx_i64 i = 0; i < R * THIN_BLOCK; i += VL) put(into + i, V{});
     const Element* b = b_at(p, at, start_k);
     fx_i64 i = 0;
     for (; i + U <= k; i += U) down<R, U, SKIP>(a + i, b + i * step, step, at.columns, into);
@@ -93,7 +93,7 @@ static inline void along(const C* a, fx_i64 pitch, const V* b, int steps, V* sum
 template <int R>
 static inline void across(const Element* b, const fx_i64* place, fx_i64 k, const C* a, fx_i64 pitch,
                           V* sum) {
-  for (int r = 0; r < R; ++r) sum[r] = start<false>();
+  for (int r = 0; r < R; ++r) sum[r] = V{};
   fx_i64 i = 0;
   for (; i + VL <= k; i += VL) {
     V block[VL];

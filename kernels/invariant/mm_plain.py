@@ -44,11 +44,11 @@ def one_nan(x: torch.Tensor) -> torch.Tensor:
 
 
 def _chunk(a: torch.Tensor, b: torch.Tensor, skip_zeros: bool) -> torch.Tensor:
-    total = torch.full((*a.shape[:-1], b.shape[-1]), -0.0 if skip_zeros else 0.0, dtype=a.dtype)
+    total = torch.zeros(*a.shape[:-1], b.shape[-1], dtype=a.dtype)
     for k in range(a.shape[-1]):
         factor = a[..., k : k + 1]
         term = factor * b[..., k : k + 1, :]
         if skip_zeros:
-            term.masked_fill_(factor == 0, -0.0)
+            term.masked_fill_(factor == 0, 0.0)
         total += term
     return total
