@@ -93,7 +93,10 @@ class Model:
     def run(self, call: Callable[..., Any], indices: Sequence[int]) -> list[Any]:
         """The leaves of the result for a batch. `call` is the model, or compiled from it."""
         args, kwargs = self.rows.call(indices)
-        with self.fresh(), self.said(f"the model with {len(indices)} rows"):
+        with (
+            self.fresh(),
+            self.said(f"the model with {len(indices)} row{'s' * (len(indices) > 1)}"),
+        ):
             return torch_private.leaves(call(*args, **kwargs))
 
     @contextlib.contextmanager
@@ -154,7 +157,7 @@ def _limits(model: Model, rows: Rows) -> dict[int, int]:
 
 def prove(model: Model, call: Callable[..., Any], proof: Proof, counts: Sequence[int]) -> Proof:
     """Run `call` alone and in batches of each size in `counts`; fills `proof`."""
-    expected = {index: model.run(call, [index]) for index in range(model.rows.count)}
+    expected = {index: _alone(model, call, index) for index in range(model.rows.count)}
     without: set[int] = set()
     for count in counts:
         for kind in KINDS:
@@ -166,6 +169,16 @@ def prove(model: Model, call: Callable[..., Any], proof: Proof, counts: Sequence
         raise TargetError(f"TARGET {model.name}: no result has a dim that follows the rows")
     proof.notes += [f"result {index} has no rows; not compared" for index in sorted(without)]
     return proof
+
+
+def _alone(model: Model, call: Callable[..., Any], index: int) -> list[Any]:
+    try:
+        return model.run(call, [index])
+    except TargetError as error:
+        if model.rows.size == 1:
+            raise
+        hint = "a model that needs several rows gives none a result of its own"
+        raise TargetError(f"{error}; {hint}") from error
 
 
 def batches(kind: str, count: int, rows: Rows) -> list[Batch]:

@@ -59,10 +59,11 @@ def first(model: Model, compile_: Compile, dynamic: bool | None, case: Case) -> 
             return "the two calls run different graphs"
         if len(trace.tensors(given)) != len(trace.tensors(inputs)):
             return "the two calls run graphs with different inputs"
-        if _any_differs(pair, given, inputs):
+        if _differences(pair, given, inputs):
             return "the inputs of a graph after a graph break differ already"
-        if _bad(pair, compile_, pair.nodes()[-1]):
-            return _halved(pair, compile_, case)
+        found = _halved(pair, compile_, case) if pair.nodes() else None
+        if found is not None:
+            return found
     return "each graph compiled by itself gives equal rows"
 
 
@@ -78,21 +79,25 @@ def _calls(model: Model, indices: Sequence[int], dynamic: bool | None) -> list[C
     return calls
 
 
-def _halved(pair: _Pair, compile_: Compile, case: Case) -> Culprit:
+def _halved(pair: _Pair, compile_: Compile, case: Case) -> Culprit | None:
     names = pair.nodes()
     good, bad = -1, len(names) - 1
+    worst = _differing(pair, compile_, names[bad])
+    if worst is None:
+        return None
     while bad - good > 1:
         middle = (good + bad) // 2
-        if _bad(pair, compile_, names[middle]):
-            bad = middle
-        else:
+        found = _differing(pair, compile_, names[middle])
+        if found is None:
             good = middle
-    return _culprit(pair, compile_, names[bad], case)
+        else:
+            bad, worst = middle, found
+    return _culprit(pair, names[bad], worst, case)
 
 
-def _bad(pair: _Pair, compile_: Compile, last: str) -> bool:
-    one, many = _results(pair, compile_, last)
-    return _any_differs(pair, one, many)
+def _differing(pair: _Pair, compile_: Compile, last: str) -> Difference | None:
+    """Of the first result that differs, if one does, of the graph up to a node."""
+    return next(iter(_differences(pair, *_results(pair, compile_, last))), None)
 
 
 def _results(pair: _Pair, compile_: Compile, last: str) -> tuple[list[Any], list[Any]]:
@@ -104,10 +109,6 @@ def _results(pair: _Pair, compile_: Compile, last: str) -> tuple[list[Any], list
         with torch.no_grad():
             made.append(torch_private.leaves(run(*_copies(inputs))))
     return made[0], made[1]
-
-
-def _any_differs(pair: _Pair, one: Sequence[Any], many: Sequence[Any]) -> bool:
-    return any(_differences(pair, one, many))
 
 
 def _differences(pair: _Pair, one: Sequence[Any], many: Sequence[Any]) -> list[Difference]:
@@ -151,10 +152,8 @@ def _copies(inputs: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _culprit(pair: _Pair, compile_: Compile, name: str, case: Case) -> Culprit:
+def _culprit(pair: _Pair, name: str, worst: Difference, case: Case) -> Culprit:
     node = next(n for n in pair.batch.graph.nodes if n.name == name)
-    one, many = _results(pair, compile_, name)
-    worst = _differences(pair, one, many)[0]
     inputs, results, opened = _seen(pair, node)
     culprit = Culprit(
         case.kind,
