@@ -32,7 +32,10 @@ def fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool
     tensors = (query, key, value)
     if any(t.dim() != 4 or not dispatch.takes(t, product=True) or is_empty(t) for t in tensors):
         return False
-    same = len({(t.dtype, t.device, t.shape[0]) for t in tensors}) == 1
+    same = all(
+        (t.dtype, t.device, t.shape[0]) == (query.dtype, query.device, query.shape[0])
+        for t in tensors
+    )
     if not same or query.shape[-1] != key.shape[-1] or key.shape[1:3] != value.shape[1:3]:
         return False
     if query.shape[1] % key.shape[1]:
