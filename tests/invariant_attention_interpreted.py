@@ -19,7 +19,6 @@ pytestmark = [
 ]
 
 F32 = torch.float32
-BAD = (math.nan, math.inf, -math.inf)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,8 +101,9 @@ def test_decode_is_prefill():
             assert same(alone, (whole[0][:, :, t : t + 1], whole[1][:, :, t : t + 1])), t
 
 
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("name", ["single", "tall", "packed_split"])
+@pytest.mark.parametrize(
+    ("name", "bad"), [("single", -math.inf), ("tall", math.nan), ("packed_split", math.inf)]
+)
 def test_what_is_not_seen_does_not_matter(name, bad, use):
     use(name)
     q, k, v = given(1, 4, 1, 6, 200, 16)
@@ -136,7 +136,7 @@ def test_what_one_row_sees_is_not_what_another_sees(name, use):
 
 
 def test_neighbours_do_not_matter():
-    q, k, v = given(3, 4, 2, 20, 90, 16)
+    q, k, v = given(3, 4, 2, 20, 40, 16)
     wanted = attend(q, k, v, causal=True)
     for t in (q, k, v):
         t[[0, 2]] = math.nan

@@ -35,7 +35,6 @@ def _cache(tmp_path_factory):
 def built(lq, lk, head, dtype, target, causal=False, mask="none"):
     """The kernel for aligned tensors: 2 sequences, 32 heads of q, 8 of k."""
     from fxpass.kernels.invariant import attention_triton
-    from fxpass.kernels.invariant.triton_math import FIXED
 
     q, k = (torch.empty(2, heads, size, head, dtype=dtype, device="meta")
             for heads, size in ((32, lq), (8, lk)))  # fmt: skip
@@ -56,11 +55,8 @@ def built(lq, lk, head, dtype, target, causal=False, mask="none"):
     types = dict.fromkeys(WHOLE, "i32") | dict.fromkeys("qkv", POINTERS[dtype])
     types |= {"out": "*fp32" if found.split else POINTERS[dtype], "scale": "fp32"}
     types |= {"mask": {"bool": "*u8"}.get(mask, POINTERS[dtype]), "lse": "*fp32", "m_out": "*fp32"}
-    options = {"matrix_instr_nonkdim": 16} if target[0] == "hip" else {}
-    return compiled(
-        attention_triton.attention, types, constants, target,
-        num_warps=found.warps, num_stages=found.stages, **FIXED, **options,
-    )  # fmt: skip
+    options = attention_gpu.options(found, mask, target[0] == "hip")
+    return compiled(attention_triton.attention, types, constants, target, **options)
 
 
 CASES = {

@@ -146,12 +146,13 @@ def _tiles(
         (q, k, v, told, out, lse, tops),
         (*numbers, *chain(*strides), *mask_strides, *out.stride()[:3]),
         constants,
-        {"num_warps": found.warps, "num_stages": found.stages, **_options()},
+        options(found, kind, torch.version.hip is not None),
     )
 
 
 def _merge(parts: Tensor, sums: Tensor, tops: Tensor, out: Tensor, lse: Tensor) -> None:
     from fxpass.kernels.invariant import attention_triton
+    from fxpass.kernels.invariant.triton_math import FIXED
 
     _, heads, lq, wide = out.shape
     rows = lse.numel()
@@ -162,15 +163,22 @@ def _merge(parts: Tensor, sums: Tensor, tops: Tensor, out: Tensor, lse: Tensor) 
         (parts, sums, tops, out, lse),
         (rows, len(parts), lq, heads, *out.stride()[:3]),
         {"ROWS": together, "DV": wide, "DV_PAD": _padded(wide)},
-        {"num_warps": 4, **_options()},
+        {"num_warps": 4, **FIXED},
     )
 
 
-def _options() -> dict[str, Any]:
-    """Launch options that fix the arithmetic: on AMD GPUs one shape of matrix instruction."""
+def options(found: Schedule, mask: str, amd: bool) -> dict[str, Any]:
+    """Launch options of `attention_triton.attention` that fix the arithmetic, and the schedule's.
+
+    mask: the kernel's word for it.
+    """
     from fxpass.kernels.invariant.triton_math import FIXED
 
-    return {**FIXED, "matrix_instr_nonkdim": 16} if torch.version.hip else FIXED
+    chosen = {"num_warps": found.warps, "num_stages": found.stages, **FIXED}
+    if amd:
+        # One shape of matrix instruction. Triton 3.7 fails on gfx942 where loads of masks overlap.
+        chosen |= {"matrix_instr_nonkdim": 16, "num_stages": found.stages if mask == "none" else 1}
+    return chosen
 
 
 def _masked(q: Tensor, lk: int, mask: Tensor | None) -> tuple[str, Tensor, tuple[int, ...]]:
