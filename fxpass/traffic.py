@@ -8,7 +8,7 @@ copy another. Kernels that are not one launch are not counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -32,8 +32,14 @@ class Traffic:
 
 def before(site: Site) -> Traffic:
     """What the nodes of a norm do one by one. The graph must not be changed yet."""
-    nodes = [node for node in site.interior if _computes(node)]
-    return Traffic(len(nodes), _sum(_moved(node) for node in nodes))
+    seen = dict.fromkeys(site.interior)
+    seen.update(dict.fromkeys(read for node in site.interior for read in node.all_input_nodes))
+    known = {node: found for node in seen if (found := facts.of(node)) is not None}
+    sizes = {node: _bytes(found) for node, found in known.items()}
+    memory = {node: facts.storage(node) for node in known}
+    nodes = [node for node in site.interior if node in known and _computes(node, memory)]
+    tensors = [each for node in nodes for each in (node, *node.all_input_nodes) if each in known]
+    return Traffic(len(nodes), _sum(sizes[each] for each in tensors))
 
 
 def after(site: Site, kernel: str, outputs: Iterable[str], layout: LayoutPlan) -> Traffic:
@@ -43,31 +49,27 @@ def after(site: Site, kernel: str, outputs: Iterable[str], layout: LayoutPlan) -
     nodes = {"out": site.out_nodes, "sum": site.sum_nodes, "row": site.row_nodes}
     tensors = [*site.inputs, *(nodes[name][0] for name in outputs)]
     copies = [node.bytes for node in layout.nodes if not facts.same(node.bytes, 0)]
-    moved = [*map(_bytes, tensors), *map(facts.static, copies), *map(facts.static, copies)]
+    moved = [
+        *map(_bytes, map(facts.of, tensors)),
+        *map(facts.static, copies),
+        *map(facts.static, copies),
+    ]
     return Traffic(1 + len(copies), _sum(moved))
 
 
-def _computes(node: fx.Node) -> bool:
-    """False for views, which share the memory of what they read, and for checks."""
-    if facts.of(node) is None:
-        return False
-    memory = facts.storage(node)
-    shared = memory is not None and memory in map(facts.storage, node.all_input_nodes)
+def _computes(node: fx.Node, memory: Mapping[fx.Node, int | None]) -> bool:
+    """False for views, which share the memory of what they read."""
+    own = memory[node]
+    shared = own is not None and own in [memory.get(read) for read in node.all_input_nodes]
     return not shared or bool(writes_to(node))
 
 
-def _moved(node: fx.Node) -> int | None:
-    tensors = [read for read in node.all_input_nodes if facts.of(read) is not None]
-    return _sum(map(_bytes, (*tensors, node)))
-
-
-def _bytes(node: fx.Node) -> int | None:
+def _bytes(found: facts.TensorFacts | None) -> int | None:
     """Size of a tensor in memory, where a broadcast dimension is there once."""
-    found = facts.of(node)
     if found is None or not all(isinstance(n, int) for n in (*found.shape, *found.stride)):
         return None
     sizes = [n for n, step in zip(found.shape, found.stride, strict=True) if step != 0]
-    return math.prod(sizes) * found.dtype.itemsize
+    return int(math.prod(sizes) * found.dtype.itemsize)
 
 
 def _sum(parts: Iterable[int | None]) -> int | None:
