@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 
-from fxpass import doctor, tables
+from fxpass import doctor, platforms, tables
 from fxpass.cli_common import FAILED, OK, Commands, command
+from fxpass.dtypes import short
 from fxpass.kernels import Kernel, kernels
 from fxpass.options import PLATFORMS, Options
+from fxpass.platforms import Platform
+from fxpass.select import candidates
+from fxpass.spec import NormSpec
 
 _KERNELS = """\
   fxpass kernels
@@ -41,7 +46,31 @@ def run_kernels(args: argparse.Namespace) -> int:
         print(json.dumps([_contract(kernel) for kernel in fits], indent=2, default=str))
     else:
         print(tables.kernel_rows(fits, "simple").replace("`", " "))
+        if options.platform is not None:
+            print("\n".join(["", *_order(fits, platforms.named(options.platform))]))
     return OK
+
+
+def _order(fits: Sequence[Kernel], place: Platform) -> Iterator[str]:
+    """Who is asked first on a platform, and who only if named."""
+    own = [kernel for kernel in candidates(Options(), place.kind) if kernel in fits]
+    yield f"auto on {place} asks in this order: {', '.join(kernel.name for kernel in own)}"
+    for kernel in fits:
+        if kernel not in own:
+            yield f"{kernel.name}: only if named in providers"
+        for reason, dtypes in _inexact(kernel, place.arch).items():
+            yield f"{kernel.name}: {', '.join(dtypes)} only if named in providers: {reason}"
+
+
+def _inexact(kernel: Kernel, arch: str) -> dict[str, list[str]]:
+    """Reasons why `auto` leaves a kernel out, with the dtypes of x that they are about."""
+    found: dict[str, list[str]] = {}
+    for name in map(short, kernel.contract.x):
+        text = f"x={name} row=mean:f32,rsqrt:f32 element=mul_row:f32,cast:{name}"
+        reason = kernel.inexact(NormSpec.parse(text), arch)
+        if reason is not None:
+            found.setdefault(reason, []).append(name)
+    return found
 
 
 def _contract(kernel: Kernel) -> dict[str, object]:

@@ -6,9 +6,13 @@ import sys
 import types
 
 import aiter_standin
+import pytest
 import torch
+from fake_gpu import captured
 
+from fxpass import pipeline, platforms
 from fxpass.kernels import aiter, aiter_api
+from fxpass.options import Options
 from fxpass.spec import NormSpec
 
 SPEC = (
@@ -71,3 +75,44 @@ def test_without_an_amd_gpu_aiter_is_not_even_imported(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     aiter_standin.forget(monkeypatch)
     assert aiter.prepare(NormSpec.parse(SPEC), 64) == "aiter is not installed"
+
+
+def _norm(x, w):
+    y = x.float()
+    return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6) * w).to(x.dtype)
+
+
+def _nothing(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiter", None)
+    aiter_standin.forget(monkeypatch)
+
+
+def _old(monkeypatch) -> None:
+    _module(monkeypatch, rmsnorm2d_fwd=lambda input, weight, epsilon: None)
+
+
+UNUSABLE = {
+    "missing": (_nothing, "aiter is not installed"),
+    "old": (_old, "the installed aiter is too old: it has no rmsnorm2d_fwd_with_add"),
+}
+
+
+@pytest.mark.parametrize("providers", ["auto", "aiter,triton"])
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_on_an_amd_gpu_the_next_provider_takes_over(name, providers, monkeypatch) -> None:
+    """Left to choose or named: one line in the report, and no warning."""
+    break_it, line = UNUSABLE[name]
+    break_it(monkeypatch)
+    _pretend_amd(monkeypatch)
+    shapes = [((8, 64), torch.float16), ((64,), torch.float16)]
+    graph_module, _ = captured(_norm, shapes)
+    report = pipeline.dry_run(graph_module.graph, Options(providers=providers, strict=True))
+    (site,) = report.rewritten
+    assert site.kernel == "triton.row"
+    assert [text for text in site.refusals if line in text] == [f"refused aiter.rms_norm: {line}"]
+
+
+def _pretend_amd(monkeypatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(platforms, "_arch", lambda device: "gfx942")

@@ -22,6 +22,22 @@ def test_kernels_come_from_the_contracts(capsys) -> None:
     assert found["cpu.row"]["batch_invariant"] is True
 
 
+TRUNCATED = "bf16 only if named in providers: bf16 may be truncated, not rounded to nearest"
+
+
+@pytest.mark.parametrize(("arch", "plain"), [("gfx942", True), ("gfx950", False)])
+def test_kernels_say_in_which_order_they_are_asked(arch: str, plain: bool, capsys) -> None:
+    assert cli.main(["kernels", "--platform", f"rocm:{arch}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        f"auto on rocm:{arch} asks in this order: aiter.rms_norm, aiter.rms_norm_ck,"
+        " aiter.rms_norm_t5, aiter.rms_norm_add, triton.row"
+    ) in lines
+    assert "reference.eager: only if named in providers" in lines
+    assert f"aiter.rms_norm_t5: {TRUNCATED} on {arch}" in lines
+    assert (f"aiter.rms_norm: {TRUNCATED} on {arch}" in lines) is plain
+
+
 def test_doctor_finds_nothing_wrong_here(capsys) -> None:
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
