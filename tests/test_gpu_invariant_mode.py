@@ -69,7 +69,7 @@ def test_gradients_are_close_to_torchs() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"])
+@pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "EFFICIENT_ATTENTION"])
 def test_each_backend_of_attention_has_a_gradient(backend: str) -> None:
     kind = getattr(torch.nn.attention.SDPBackend, backend)
     inputs = torch.randn(3, 2, 4, 33, 64, device="cuda", dtype=torch.bfloat16)
@@ -77,9 +77,6 @@ def test_each_backend_of_attention_has_a_gradient(backend: str) -> None:
     op = {
         "FLASH_ATTENTION": lambda: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v),
         "EFFICIENT_ATTENTION": lambda: torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, True
-        ),
-        "CUDNN_ATTENTION": lambda: torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True
         ),
     }[backend]

@@ -127,8 +127,13 @@ def cudnn(
     *,
     scale: float | None = None,
 ) -> Any:
-    """(out, logsumexp (B, H, L, 1), None, None, max_q, max_k, seed, offset, debug mask)."""
-    if dropout_p or return_debug_mask or (is_causal and attn_bias is not None):
+    """(out, nothing, None, None, max_q, max_k, seed, offset, debug mask).
+
+    Only without logsumexp: cuDNN's backward needs what cuDNN's own forward saved.
+    """
+    if compute_log_sumexp or dropout_p or return_debug_mask:
+        return NotImplemented
+    if is_causal and attn_bias is not None:
         return NotImplemented
     if not fits(query, key, value, attn_bias):
         return NotImplemented
@@ -136,4 +141,4 @@ def cudnn(
     seed = torch.zeros((), dtype=torch.long, device=query.device)
     debug = torch.empty(0, dtype=out.dtype, device=query.device)
     sizes = (query.shape[2], key.shape[2])
-    return out, lse.unsqueeze(-1), None, None, *sizes, seed, seed.clone(), debug
+    return out, lse[..., :0], None, None, *sizes, seed, seed.clone(), debug

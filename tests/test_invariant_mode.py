@@ -1,0 +1,228 @@
+"""The eager mode: who is in it, what is restored, and that rows do not follow their batch."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fxpass
+from fxpass.invariant import mode, pointwise
+from fxpass.invariant.table import COMPOSITES, CPU_POINTWISE, LEAVES
+
+A, B = torch.randn(7, 300), torch.randn(300, 11)
+
+
+def dumps() -> dict[str, str]:
+    """What the dispatcher says of every operator the mode replaces."""
+    names = [f"aten::{name}" for name in (*LEAVES, *CPU_POINTWISE, *COMPOSITES)]
+    return {n: torch._C._dispatch_dump(n) for n in names if torch._C._dispatch_has_kernel(n)}
+
+
+def in_a_thread(call):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_nested_failing_and_off_again() -> None:
+    def fail() -> None:
+        with fxpass.batch_invariant_mode():
+            with fxpass.batch_invariant_mode():
+                assert mode.active()
+                with fxpass.batch_invariant_mode(enabled=False):
+                    assert not mode.active()
+            assert mode.active()
+            raise ZeroDivisionError
+
+    assert not mode.active()
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not mode.active()
+
+
+def test_everything_is_as_before() -> None:
+    before = dumps()
+    with fxpass.batch_invariant_mode():
+        assert dumps() != before
+    assert dumps() == before
+
+
+def test_another_library_is_kept_used_and_restored() -> None:
+    library = torch.library.Library("aten", "IMPL")
+    calls = []
+    kernel = torch.library.get_kernel("aten::dot", "CPU")
+
+    def theirs(keys, x, y):
+        calls.append(1)
+        return kernel.call_boxed(keys, x, y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of the first override of a process
+        library.impl("dot", theirs, "CPU", with_keyset=True, allow_override=True)
+    x = torch.randn(9)
+    torch.dot(x, x)
+    with fxpass.batch_invariant_mode():
+        torch.dot(x, x)
+        assert len(calls) == 1, "in the mode it is ours"
+        in_a_thread(lambda: torch.dot(x, x))
+        assert len(calls) == 2, "outside it is theirs"
+    torch.dot(x, x)
+    assert len(calls) == 3
+    assert "aten/dot/CPU" in torch.library._impls, "torch still knows of it"
+    library._destroy()
+    del library
+    gc.collect()
+    torch.dot(x, x)
+    assert len(calls) == 3
+
+
+def test_another_thread_keeps_torchs_bits() -> None:
+    x = torch.randn(33, 5001)
+
+    def work():
+        return mode.active(), x @ x.mT, x.sum(-1), F.softmax(x, -1), x.norm(), F.silu(x.mT)
+
+    wanted = work()
+    with fxpass.batch_invariant_mode():
+        found = in_a_thread(work)
+        ours = work()
+    assert (wanted[0], found[0], ours[0]) == (False, False, True)
+    assert all(torch.equal(a, b) for a, b in zip(found[1:], wanted[1:], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(ours[1:], wanted[1:], strict=True))
+
+
+def test_enable_is_for_all_threads() -> None:
+    fxpass.enable_batch_invariant()
+    try:
+        fxpass.enable_batch_invariant()
+        assert in_a_thread(mode.active)
+    finally:
+        fxpass.disable_batch_invariant()
+    assert not mode.active()
+    fxpass.disable_batch_invariant()  # once too often is no error
+    with fxpass.batch_invariant_mode():
+        fxpass.enable_batch_invariant()
+        fxpass.disable_batch_invariant()
+        assert mode.active()
+
+
+def test_threads_enter_and_leave_at_once() -> None:
+    with fxpass.batch_invariant_mode():
+        wanted = A @ B
+
+    def work() -> bool:
+        same = True
+        for _ in range(20):
+            with fxpass.batch_invariant_mode():
+                same &= torch.equal(A @ B, wanted)
+        return same
+
+    results: list[bool] = []
+    threads = [threading.Thread(target=lambda: results.append(work())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 4
+
+
+def test_autograd_is_in_the_mode_that_called_it() -> None:
+    seen = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(mode.active())
+            return grad
+
+    x = torch.randn(3, requires_grad=True)
+    with fxpass.batch_invariant_mode():
+        Look.apply(x).sum().backward()
+    Look.apply(x).sum().backward()
+    assert seen == [True, False]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_do_not_follow_their_batch(rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(9, 3, 77, dtype=dtype), torch.randn(50, 77, dtype=dtype)
+    bias = torch.randn(50, dtype=dtype)
+
+    def work(x: torch.Tensor) -> list[torch.Tensor]:
+        y = F.linear(x, w, bias)
+        q = y.view(*y.shape[:2], 2, 25).transpose(1, 2)
+        return [
+            y, F.linear(x.transpose(0, 1).contiguous().transpose(0, 1), w, bias),
+            F.softmax(y, -1), F.log_softmax(y, 1), F.layer_norm(y, (50,)), F.rms_norm(y, (3, 50)),
+            y.sum((1, 2)), y.float().pow(2).mean(-1), y.norm(dim=-1), y.logsumexp(-1), y.var(-1),
+            y.cumsum(-1), F.scaled_dot_product_attention(q, q, q, is_causal=True),
+            F.silu(y), F.gelu(y), y.sigmoid(), y.rsqrt(), F.silu(y.mT).mT, torch.matmul(x, w.t()),
+        ]  # fmt: skip
+
+    with fxpass.batch_invariant_mode():
+        whole = work(x)
+        part = work(x[9 - rows :])
+    for index, (all_rows, some) in enumerate(zip(whole, part, strict=True)):
+        assert torch.equal(all_rows[9 - rows :].nan_to_num(), some.nan_to_num()), index
+
+
+def test_linear_rounds_once_whatever_the_strides() -> None:
+    """torch adds the bias after rounding where a batch of two is transposed, but not one of one."""
+    x = torch.randn(5, 2, 64, dtype=torch.bfloat16).transpose(0, 1)
+    w, bias = torch.randn(32, 64, dtype=torch.bfloat16), torch.randn(32, dtype=torch.bfloat16)
+    with fxpass.batch_invariant_mode():
+        both, one = F.linear(x, w, bias), F.linear(x[:1], w, bias)
+        assert torch.equal(both[:1], one)
+        assert torch.equal(both, F.linear(x.contiguous(), w, bias))
+
+
+def test_vmap_fake_tensors_and_subclasses() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with fxpass.batch_invariant_mode():
+        rows = torch.vmap(lambda r: F.softmax(r @ B, -1))(A)
+        torch.testing.assert_close(rows, F.softmax(A @ B, -1))
+        with FakeTensorMode() as fake:
+            x = fake.from_tensor(A)
+            assert F.rms_norm(x @ fake.from_tensor(B), (11,)).shape == (7, 11)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (A @ B).dtype == torch.bfloat16
+        with torch.inference_mode():
+            assert torch.equal(A @ B, torch.mm(A, B))
+
+
+def test_rms_norm_has_the_same_bits_with_and_without_gradients() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.randn(6, 2, 100, dtype=dtype), torch.randn(2, 100, dtype=dtype)
+        with fxpass.batch_invariant_mode():
+            fused = F.rms_norm(x, (2, 100), w)
+            opened = F.rms_norm(x.clone().requires_grad_(), (2, 100), w)
+        assert torch.equal(fused, opened)
+
+
+def test_element_wise_operators_that_vary_are_replaced() -> None:
+    """Measured: torch's bits at the end of a tensor, or in a strided one, against the middle's."""
+    x = torch.randn(1003)
+    varying = {}
+    for name in ("exp2", "sigmoid", "sinh", "atanh", "cosh"):
+        whole, strided = (getattr(torch, name)(v) for v in (x, torch.stack([x, x], -1)[:, 0]))
+        varying[name] = not torch.equal(whole.nan_to_num(), strided.nan_to_num())
+    assert {name for name, varies in varying.items() if varies} <= set(pointwise.NAMES)
+    with fxpass.batch_invariant_mode():
+        for name in [n for n in CPU_POINTWISE if n in ("exp2", "sigmoid", "silu", "mish", "elu")]:
+            op = getattr(torch.ops.aten, name)
+            whole = op(x)
+            assert torch.equal(whole[-3:], op(x[-3:])), name
+            assert torch.equal(whole, op(torch.stack([x, x], -1)[:, 0])), name
