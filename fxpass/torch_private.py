@@ -9,6 +9,7 @@ Heavy modules (Inductor, Dynamo) are imported inside the functions that need the
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, cast
@@ -235,17 +236,21 @@ def visit_at_each_hook(
     torch.compile(_fresh(function), backend=backend, dynamic=False)(*args)
 
 
+_FRESH = itertools.count()
+
+
 def _fresh(model: Callable[..., Any]) -> Callable[..., Any]:
     """The model behind a function of its own.
 
     Dynamo keeps what it compiled, and counts recompiles, per code object; a code object made anew
-    shares neither with the user's own compiles nor with an earlier call.
+    shares neither with the user's own compiles nor with an earlier call. Sizes that changed are
+    remembered by file, line and name (2.11), so the name is new too.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    call.__code__ = call.__code__.replace(co_name="explained")
+    call.__code__ = call.__code__.replace(co_name=f"explained_{next(_FRESH)}")
     return call
 
 

@@ -38,6 +38,7 @@ class Model(torch.nn.Module):
 
 
 OPTIONS = fxpass.Options(providers=("reference",), strict=True)
+CPU = fxpass.Options(providers=("cpu",), strict=True)
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +243,15 @@ def test_explain_changes_and_compiles_nothing() -> None:
         second = fxpass.explain(model, x, options=OPTIONS)
         assert torch.equal(before, model(x))
     assert first.to_dict() == second.to_dict()
+
+
+def test_one_explain_does_not_depend_on_another() -> None:
+    """Dynamo makes a size symbolic that was another one before; here each call is the first."""
+    with torch.no_grad():
+        sizes = [
+            fxpass.explain(llama, *tensors(f"bf16[{rows},64]", "bf16[64]"), options=CPU)
+            for rows in (4, 5, 6)
+        ]
+    assert [found.rewritten[0].bytes_after for found in sizes] == [
+        2 * (2 * rows * 64 + 64) for rows in (4, 5, 6)
+    ]
