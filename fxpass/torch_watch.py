@@ -9,9 +9,6 @@ from typing import Any
 import torch
 from torch import fx
 
-Overload: type = torch._ops.OpOverload
-"""An operator as graphs and dispatch modes see it; what is none is a higher-order operator."""
-
 Seen = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
 """Called with an operator, its arguments and its result."""
 
@@ -23,6 +20,11 @@ def flattened(value: Any) -> tuple[list[Any], Any]:
     return _pytree.tree_flatten(value)
 
 
+def is_overload(operator: Any) -> bool:
+    """Whether this is an operator of the dispatcher, and not a higher-order one or a function."""
+    return isinstance(operator, torch._ops.OpOverload)
+
+
 def watching(see: Seen) -> contextlib.AbstractContextManager[Any]:
     """Meanwhile `see` is called after every ATen operator of this thread, below autograd.
 
@@ -30,17 +32,19 @@ def watching(see: Seen) -> contextlib.AbstractContextManager[Any]:
     """
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Watch(TorchDispatchMode):
-        supports_higher_order_operators = True  # flex_attention and the like: seen, not opened
+    def dispatch(
+        _: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        see(func, args, kwargs or {}, made)
+        return made
 
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-        ) -> Any:
-            made = func(*args, **(kwargs or {}))
-            see(func, args, kwargs or {}, made)
-            return made
-
-    made: contextlib.AbstractContextManager[Any] = Watch()
+    members = {
+        "__torch_dispatch__": dispatch,
+        "supports_higher_order_operators": True,  # flex_attention and the like: seen, not opened
+    }
+    watch: Any = type("Watch", (TorchDispatchMode,), members)
+    made: contextlib.AbstractContextManager[Any] = watch()
     return made
 
 

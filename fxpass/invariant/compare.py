@@ -57,7 +57,8 @@ def row(value: torch.Tensor, place: Place, count: int, index: int) -> torch.Tens
     """One row of a tensor that holds `count`, in the shape it has alone."""
     if place.dim < 0:
         return value
-    split = value.unflatten(place.dim, (place.outer, count, place.inner))
+    before, after = value.shape[: place.dim], value.shape[place.dim + 1 :]
+    split = value.reshape(*before, place.outer, count, place.inner, *after)
     return split.select(place.dim + 1, index).flatten(place.dim, place.dim + 1)
 
 

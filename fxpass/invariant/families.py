@@ -177,7 +177,7 @@ def of(operator: Any, args: Sequence[Any], values: Sequence[torch.Tensor]) -> Fa
     full = source.name_of(operator)
     space, _, name = full.rpartition(".")
     plain = _plain(name)
-    if not isinstance(operator, torch_watch.Overload):
+    if not torch_watch.is_overload(operator):
         return FLEX if "flex_attention" in full else None
     reduce = _reduces(space, plain)
     if reduce is not None or space in _C10D:

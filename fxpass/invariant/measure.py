@@ -60,7 +60,7 @@ class Cut:
 
     def run(self, operator: Callable[..., Any], start: int, rows: int) -> list[torch.Tensor]:
         """The operator on some of the rows; all tensors are copies."""
-        values = []
+        values: list[Any] = []
         for leaf, place in zip(self._leaves, self._places, strict=True):
             if isinstance(place, Place):
                 cut = leaf.narrow(place.dim, start * place.inner, rows * place.inner)
@@ -86,7 +86,7 @@ def _place(shape: Shape, leaf: Any, count: int) -> Place | int | None:
 
 def _like(cut: torch.Tensor) -> torch.Tensor:
     """A copy that is dense in the order of the dims' strides, as a call on fewer rows would be."""
-    order = sorted(range(cut.ndim), key=lambda d: -cut.stride(d))
+    order = sorted(range(cut.ndim), key=lambda d: -cut.stride()[d])
     back = sorted(range(cut.ndim), key=order.__getitem__)
     return cut.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
 

@@ -164,7 +164,10 @@ def _is_mask(value: torch.Tensor) -> bool:
     """
     if value.dtype == torch.bool:
         return True
-    distinct = value.unique().numel()
-    if value.is_floating_point():
-        return distinct == 2 or not bool(value.isfinite().all())
-    return distinct <= 2
+    if not value.numel():
+        return False
+    low, high = value.min(), value.max()
+    two = bool(((value == low) | (value == high)).all())
+    if not value.is_floating_point():
+        return two
+    return (two and bool(low != high)) or not bool(value.isfinite().all())
