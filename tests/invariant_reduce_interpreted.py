@@ -66,16 +66,15 @@ def test_float64(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_rows_alone_and_in_any_layout(name):
-    for size in (31, 600):
-        x = values(9, size)
-        together = ALL[name](x, F32)
-        for row in (0, 4, 8):
-            assert same(ALL[name](x[row : row + 1], F32)[0], together[row])
-            assert same(ALL[name](x[row], F32), together[row])
-        for layout, view in views(x).items():
-            assert same(ALL[name](view, F32), together), layout
-        assert same(ALL[name](x.view(3, 3, size).transpose(0, 1), F32)[1, 2], together[7])
-        assert same(ALL[name](x.expand(2, 9, size), F32)[1], together)
+    x = values(9, 300)
+    together = ALL[name](x, F32)
+    for row in (0, 4, 8):
+        assert same(ALL[name](x[row : row + 1], F32)[0], together[row])
+        assert same(ALL[name](x[row], F32), together[row])
+    for layout, view in views(x).items():
+        assert same(ALL[name](view, F32), together), layout
+    assert same(ALL[name](x.view(3, 3, 300).transpose(0, 1), F32)[1, 2], together[7])
+    assert same(ALL[name](x.expand(2, 9, 300), F32)[1], together)
 
 
 @pytest.mark.parametrize("name", ALL)

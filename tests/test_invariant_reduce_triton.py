@@ -75,7 +75,7 @@ def built(name, size, target, dtype="bf16", **meta):
 def test_every_kernel_compiles(name, target):
     for meta in KERNELS[name]:
         assert_machine_code(built(name, 1024, target, **meta), target)
-        assert_machine_code(built(name, 24, target, dtype="fp64", **meta), target)
+    assert_machine_code(built(name, 24, target, dtype="fp64", **KERNELS[name][-1]), target)
     for size in (24, 152_064):
         assert_machine_code(built(name, size, target, **KERNELS[name][0]), target)
 

@@ -77,54 +77,54 @@ def _walk(
     rows: tl.constexpr = q.shape[0]
     block: tl.constexpr = 1 << LEVELS
     low = float("-inf")
-    m_all, l_all = tl.full([rows], low, tl.float32), tl.zeros([rows], tl.float32)
-    o_all = tl.zeros([rows, DV_PAD], tl.float32)
+    m, l = tl.full([rows], low, tl.float32), tl.zeros([rows], tl.float32)
+    o = tl.zeros([rows, DV_PAD], tl.float32)
+    m_all, l_all, o_all = m, l, o
     inside, d, dv = tl.arange(0, block), tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
-    for chunk in tl.range(first, last, CHUNK, num_stages=1):
-        m, l = tl.full([rows], low, tl.float32), tl.zeros([rows], tl.float32)
-        o = tl.zeros([rows, DV_PAD], tl.float32)
-        end = tl.minimum(chunk + CHUNK, last)
-        for start in tl.range(chunk, end, block, num_stages=1 if CAREFUL else None):
-            n = start + inside
-            base = tl.cast(start, tl.int64)
-            there = n < lk
-            keys = tl.load(
-                k + base * k_row + d[:, None] + inside[None, :] * k_row,
-                mask=(d[:, None] < D) & there[None, :], other=0.0,
-            )  # fmt: skip
-            values = tl.load(
-                v + base * v_row + inside[:, None] * v_row + dv[None, :],
-                mask=there[:, None] & (dv[None, :] < DV), other=0.0,
-            )  # fmt: skip
-            t = tl.dot(q, keys, input_precision="ieee") * scale
-            seen = there[None, :]
-            if CAUSAL:
-                seen = seen & (n[None, :] <= i[:, None])
-            if MASK != "none":
-                told = tl.load(
-                    mask[:, None] + n.to(tl.int64)[None, :] * mask_col, mask=there[None, :], other=0
-                )
-                if MASK == "bool":
-                    seen = seen & (told != 0)
-                else:
-                    told = told.to(tl.float32)
-                    seen = seen & (told != low)
-                    told = told * _LOG2E
-                    t += tl.where(told < _LOWEST, _LOWEST, told)
-            if CAREFUL:
-                # What a row sees does not depend on how much: every weight is 1.
-                t = tl.where(kind == _CLEAN, t, 0.0)
-                values = _chosen(values, kind)
-            t = tl.where(seen, t, low)
-            top = tl.maximum(m, tl.max(t, axis=1))
-            p = tl.exp2(t - tl.where(top == low, 0.0, top)[:, None])
-            old = _factor(m, top)
-            m = top
-            l = l * old + _row_sum(p, LEVELS)
-            o = o * old[:, None]
-            o = tl.dot(p.to(values.dtype), values, o, input_precision="ieee")
-        m_all, l_all, o_all = _merged(m_all, l_all, o_all, m, l, o)
-    return m_all, l_all, o_all
+    for start in tl.range(first, last, block, num_stages=1 if CAREFUL else None):
+        n = start + inside
+        base = tl.cast(start, tl.int64)
+        there = n < lk
+        keys = tl.load(
+            k + base * k_row + d[:, None] + inside[None, :] * k_row,
+            mask=(d[:, None] < D) & there[None, :], other=0.0,
+        )  # fmt: skip
+        values = tl.load(
+            v + base * v_row + inside[:, None] * v_row + dv[None, :],
+            mask=there[:, None] & (dv[None, :] < DV), other=0.0,
+        )  # fmt: skip
+        t = tl.dot(q, keys, input_precision="ieee") * scale
+        seen = there[None, :]
+        if CAUSAL:
+            seen = seen & (n[None, :] <= i[:, None])
+        if MASK != "none":
+            told = tl.load(
+                mask[:, None] + n.to(tl.int64)[None, :] * mask_col, mask=there[None, :], other=0
+            )
+            if MASK == "bool":
+                seen = seen & (told != 0)
+            else:
+                told = told.to(tl.float32)
+                seen = seen & (told != low)
+                told = told * _LOG2E
+                t += tl.where(told < _LOWEST, _LOWEST, told)
+        if CAREFUL:
+            # What a row sees does not depend on how much: every weight is 1.
+            t = tl.where(kind == _CLEAN, t, 0.0)
+            values = _chosen(values, kind)
+        t = tl.where(seen, t, low)
+        top = tl.maximum(m, tl.max(t, axis=1))
+        p = tl.exp2(t - tl.where(top == low, 0.0, top)[:, None])
+        old = _factor(m, top)
+        m = top
+        l = l * old + _row_sum(p, LEVELS)
+        o = o * old[:, None]
+        o = tl.dot(p.to(values.dtype), values, o, input_precision="ieee")
+        if (start + block) % CHUNK == 0:
+            m_all, l_all, o_all = _merged(m_all, l_all, o_all, m, l, o)
+            m, l = tl.full([rows], low, tl.float32), tl.zeros([rows], tl.float32)
+            o = tl.zeros([rows, DV_PAD], tl.float32)
+    return _merged(m_all, l_all, o_all, m, l, o)
 
 
 @triton.jit
