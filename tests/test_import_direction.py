@@ -45,7 +45,7 @@ MODULES = """
     pipeline capture ledger artifacts
     invariant invariant.aten invariant.products invariant.reductions invariant.norms
     invariant.attention invariant.attention_op invariant.pointwise invariant.table invariant.mode
-    invariant.library invariant.compiled
+    invariant.recorder invariant.library invariant.compiled
     hooks backend
     fxpass
     pytest_plugin

@@ -63,6 +63,26 @@ class _Busy(threading.local):
 _busy = _Busy()
 
 
+class _Watch(threading.local):
+    """Calls in the mode that were left to torch's kernel, while somebody asks."""
+
+    left: list[Operator] | None = None
+
+
+_watch = _Watch()
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Operator]]:
+    """The functions that leave calls of this thread to torch's kernels meanwhile."""
+    before, found = _watch.left, list[Operator]()
+    _watch.left = found
+    try:
+        yield found
+    finally:
+        _watch.left = before
+
+
 def active() -> bool:
     """Whether this thread is in the mode."""
     return _registered.everywhere or torch_private.thread_value(_KEY) is True
@@ -119,6 +139,8 @@ def _leaf(function: Operator, original: Any) -> Operator:
                 _busy.on = False
             if made is not NotImplemented:
                 return made
+            if _watch.left is not None:
+                _watch.left.append(function)
         return call_original(keyset, *args, **kwargs)
 
     return kernel

@@ -77,6 +77,33 @@ def addbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: Any = 1, alpha
     return _added(self, left, batch2.flatten(0, 1), 2, beta, alpha)
 
 
+def grouped_mm(
+    self: Tensor,
+    mat2: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    """Rows [offs[i - 1], offs[i]) of (M, K) times matrix i of (G, K, N): the experts of a model.
+
+    Reads `offs` on the host. Graphs keep torch's operator.
+    """
+    plain = bias is None and out_dtype in (None, self.dtype)
+    if self.dim() != 2 or mat2.dim() != 3 or offs is None or not plain:
+        return NotImplemented
+    if torch_private.is_traced() or self.dtype != mat2.dtype or self.shape[1] != mat2.shape[1]:
+        return NotImplemented
+    if not dispatch.takes(self, product=True):
+        return NotImplemented
+    out = self.new_zeros(self.shape[0], mat2.shape[2])
+    start = 0
+    for group, end in enumerate(offs.tolist()):
+        if end > start:
+            out[start:end] = _product(self[start:end], mat2[group], 2)
+        start = end
+    return out
+
+
 def mv(self: Tensor, vec: Tensor) -> Any:
     """(M, K) @ (K,)."""
     if vec.dim() != 1:

@@ -36,6 +36,7 @@ _PRODUCTS: dict[str, Operator] = {
     "addmv.out": into(products.addmv),
     "dot": products.dot,
     "vdot": products.dot,
+    "_grouped_mm": products.grouped_mm,
     "_addmm_activation": products.addmm_activation,
     "_addmm_activation.out": into(products.addmm_activation),
 }
