@@ -7,7 +7,8 @@ Llama-3-8B and Qwen3-8B shapes with fewer layers and random bf16 weights (`gpu_m
 is the replay of a CUDA graph of one call, call_ms one of many calls in a row without a graph,
 host_us the Python side of one call while the GPU is idle. Agreement is over 64 greedy steps from
 an empty cache: `agree` and `bits`, equal argmax and bit-equal logits when fed eager's tokens;
-`first`, the earliest step at which a sequence that runs freely leaves eager's.
+`first`, the earliest step at which a sequence that runs freely leaves eager's. `alone`: share of
+a row's logits whose bits are those of the row run by itself.
 """
 
 from __future__ import annotations
@@ -46,12 +47,15 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
     "inductor_epc": ("inductor", {"emulate_precision_casts": True}),
     "fxpass": ("fxpass", {}),
     "fxpass_eager": ("fxpass", {"numerics": "eager"}),
+    "fxpass_invariant": ("fxpass", {"batch_invariant": True}),
     "fxpass_cuda": ("fxpass", {"providers": ("cuda",)}),
     "fxpass_cuda_eager": ("fxpass", {"providers": ("cuda",), "numerics": "eager"}),
     "fxpass_fused": ("fxpass", {"providers": ("inductor",)}),
 }
 """Backend and options. The last three are measured only if asked for."""
-DEFAULT = ("eager", "inductor", "inductor_epc", "fxpass", "fxpass_eager")
+DEFAULT = ("eager", "inductor", "inductor_epc", "fxpass", "fxpass_eager", "fxpass_invariant")
+ALONE = ("eager", "fxpass_invariant")
+"""Columns whose rows are also run alone; each compiles once more for it."""
 WORKS = (("decode", 1), ("prefill", 1), ("decode", 64), ("decode", 8), ("prefill", 8))
 TOKENS = {("prefill", 1): 4096, ("prefill", 8): 1024}
 LONG_S = 0.01
@@ -80,6 +84,15 @@ class Work:
             for cache in pair:
                 cache.normal_()
         return tokens, torch.tensor([self.shape.cache - 1], device=device), caches
+
+    def alone(self, inputs: tuple[Any, ...], row: int) -> tuple[Any, ...]:
+        """One row of the inputs, in memory of its own."""
+        tokens, *rest = inputs
+        if not rest:
+            return (tokens[row : row + 1].clone(),)
+        at, caches = rest
+        mine = [tuple(cache[row : row + 1].clone() for cache in pair) for pair in caches]
+        return tokens[row : row + 1].clone(), at, mine
 
 
 def works(args: argparse.Namespace) -> list[Work]:
@@ -144,6 +157,14 @@ def timed(call: Callable[[], object], device: str) -> dict[str, float | None]:
     }
 
 
+def rows_alone(call: Callable[..., Tensor], work: Work, inputs: tuple[Any, ...]) -> float:
+    """Share of elements of a few rows' logits whose bits are those of the row run alone."""
+    together = call(*inputs)
+    rows = sorted({0, work.batch // 2, work.batch - 1})
+    equal = [(call(*work.alone(inputs, row))[0] == together[row]).float().mean() for row in rows]
+    return round(float(torch.stack(equal).mean()), 6)
+
+
 def measure(
     work: Work, model: Model, column: str, agreement: Agreement | None, device: str
 ) -> dict[str, Any]:
@@ -156,6 +177,8 @@ def measure(
     report = fxpass.last_report()
     times = timed(lambda: call(*inputs), device)
     same = agreement.of(call) if agreement else {"agree": None, "bits": None, "first": None}
+    alone = column in ALONE and work.batch > 1
+    same["alone"] = rows_alone(call, work, inputs) if alone else None
     return {
         "model": work.shape.name,
         "layers": work.shape.layers,
@@ -222,7 +245,7 @@ def summary(record: dict[str, Any]) -> str:
     for row in record["results"]:
         key = (row["model"], row["phase"], f"{row['batch']}x{row['tokens']}")
         hosts.setdefault(key, {"norms": row["norms"]})[row["column"]] = row["host_us"]
-        shown = "column graph_ms call_ms host_us agree bits first rewritten".split()
+        shown = "column graph_ms call_ms host_us agree bits first alone rewritten".split()
         lines.append(
             {"model": key[0], "work": f"{key[1]} {key[2]}", **{name: row[name] for name in shown}}
         )
@@ -234,7 +257,7 @@ def summary(record: dict[str, Any]) -> str:
     layers = f"{record['results'][0]['layers']} layers each" if record["results"] else "no results"
     problems = [f"! failed {what}: {why}" for what, why in record.get("failed", {}).items()]
     cut = [f"! cut {record['cut']}"] if "cut" in record else []
-    table = tabulate(lines, headers="keys", missingval="-", floatfmt=("g",) * 3 + (".3f",) * 9)
+    table = tabulate(lines, headers="keys", missingval="-", floatfmt=("g",) * 3 + (".3f",) * 10)
     note = "host_us/norm: what the host spends on a norm beyond Inductor's own. first -: never."
     return "\n".join([f"{about}; {layers}, random weights", note, table, *problems, *cut])
 
