@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -152,7 +153,7 @@ def _data(args: argparse.Namespace, model: Model, found: list[Found]) -> dict[st
                 "shapes": args.shapes if one.proof.how == "compiled" else None,
                 "holds": one.proof.holds,
                 "cases": [_case_data(case) for case in one.proof.cases],
-                "first": [dataclasses.asdict(culprit) for culprit in one.culprits],
+                "first": [_culprit_data(culprit) for culprit in one.culprits],
                 "notes": one.proof.notes,
             }
             for one in found
@@ -166,9 +167,18 @@ def _case_data(case: Case) -> dict[str, Any]:
         "rows": case.rows,
         "compared": case.compared,
         "differing": case.differing,
-        "largest": case.largest,
+        "largest": _number(case.largest),
         "first_position": case.position if case.differing else None,
     }
+
+
+def _culprit_data(culprit: Culprit) -> dict[str, Any]:
+    return {**dataclasses.asdict(culprit), "largest": _number(culprit.largest)}
+
+
+def _number(value: float) -> float | str:
+    """JSON knows no infinities."""
+    return value if math.isfinite(value) else str(value)
 
 
 def text(args: argparse.Namespace, model: Model, found: list[Found]) -> str:
@@ -220,7 +230,9 @@ def _culprit(alike: list[Culprit]) -> str:
     culprit = alike[0]
     kinds = ", ".join(one.kind for one in alike)
     shapes = f"({', '.join(culprit.inputs)}) -> {', '.join(culprit.results)}"
-    far = f"{culprit.elements} of {culprit.total} elements differ, by {culprit.largest:.1e} at most"
+    far = f"{culprit.elements} of {culprit.total} elements differ"
+    if not math.isnan(culprit.largest):
+        far += f", by {culprit.largest:.1e} at most"
     if culprit.follows:
         far += f"; the bits follow {culprit.follows}"
     lines = [f"first to differ ({kinds}; {culprit.rows} rows): {culprit.node}{shapes}"]

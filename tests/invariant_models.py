@@ -120,6 +120,17 @@ def transposed():
     return lambda x, y: x.transpose(0, 1) @ weight + y.sum(), (_rows().T.contiguous(), _rows().T)
 
 
+def capacity():
+    """Experts that take half of the rows, those that score highest."""
+    weight = torch.linspace(-1, 1, SIZE)
+
+    def model(x):
+        kept = (x * weight).sum(-1).topk(max(1, len(x) // 2)).indices
+        return x.index_add(0, kept, x[kept])
+
+    return model, (_rows(),)
+
+
 def batch_norm():
     torch.manual_seed(1)
     norm = torch.nn.BatchNorm1d(SIZE)
