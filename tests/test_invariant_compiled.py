@@ -1,0 +1,193 @@
+"""Compiled mode: rows, the bits of eager mode, training graphs, and what the graph calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fxpass
+from fxpass.errors import OptionsError
+
+OPTIONS = {"batch_invariant": True, "strict": True}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+    fxpass.reset_report()
+
+
+def compiled(call, **kwargs):
+    return torch.compile(call, backend=fxpass.rmsnorm_backend, options=OPTIONS, **kwargs)
+
+
+def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    torch.manual_seed(sum(shape))
+    return torch.randn(shape, dtype=dtype)
+
+
+W, BIAS = matrix(40, 64), matrix(40)
+
+OPS = {
+    "mm": lambda x: x[:, 0] @ W.to(x.dtype).t(),
+    "linear": lambda x: F.linear(x, W.to(x.dtype), BIAS.to(x.dtype)),
+    "linear of a transposed one": lambda x: F.linear(
+        x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1),
+        W.to(x.dtype),
+        BIAS.to(x.dtype),
+    ),
+    "bmm": lambda x: x @ x.mT,
+    "baddbmm": lambda x: torch.baddbmm(x @ x.mT, x, x.mT, alpha=2, beta=0.5),
+    "softmax": lambda x: F.softmax(x, -1),
+    "softmax to float32": lambda x: F.softmax(x, 1, dtype=torch.float32),
+    "log_softmax": lambda x: F.log_softmax(x, -1),
+    "sum": lambda x: x.sum((1, 2)),
+    "mean": lambda x: x.mean(1, keepdim=True),
+    "mean in float32": lambda x: x.mean(-1, dtype=torch.float32),
+    "norm": lambda x: x.norm(dim=-1),
+    "logsumexp": lambda x: x.logsumexp(-1),
+    "var": lambda x: x.var((1, 2), keepdim=True),
+    "std": lambda x: x.std(-1),
+    "cumsum": lambda x: x.cumsum(1),
+    "layer_norm": lambda x: F.layer_norm(x, (64,), W[0].to(x.dtype), W[1].to(x.dtype)),
+    "rms_norm": lambda x: F.rms_norm(x, (64,), W[0].to(x.dtype)),
+    "rms_norm of two dims": lambda x: F.rms_norm(x, (5, 64)),
+    "attention": lambda x: F.scaled_dot_product_attention(
+        *(x.unflatten(2, (4, 16)).transpose(1, 2),) * 3, is_causal=True
+    ),
+    "group_norm": lambda x: F.group_norm(x.mT, 4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_operator_has_the_bits_of_eager_mode(dtype: torch.dtype) -> None:
+    x = matrix(6, 5, 64, dtype=dtype)
+
+    def everything(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(op(x) for op in OPS.values())
+
+    with torch.no_grad():
+        found = compiled(everything)(x)
+        with fxpass.batch_invariant_mode():
+            wanted = everything(x)
+    for name, ours, theirs in zip(OPS, found, wanted, strict=True):
+        assert ours.dtype == theirs.dtype, name
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_rows_of_each_operator(dynamic: bool) -> None:
+    x = matrix(6, 5, 64, dtype=torch.bfloat16)
+
+    def everything(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(op(x) for op in OPS.values())
+
+    call = compiled(everything, dynamic=dynamic)
+    with torch.no_grad():
+        whole = call(x)
+        for rows in (1, 2, 5):
+            for name, some, all_rows in zip(OPS, call(x[6 - rows :]), whole, strict=True):
+                assert torch.equal(some, all_rows[6 - rows :]), (name, rows)
+
+
+def llama():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=48, intermediate_size=100, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=131, max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).bfloat16().eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, None])
+def test_rows_of_a_small_llama(dynamic: bool | None) -> None:
+    model = llama()
+    call = compiled(model, dynamic=dynamic)
+    ids = torch.randint(0, 131, (9, 11))
+    with torch.no_grad():
+        whole = call(ids, use_cache=False).logits
+        for rows in (1, 2, 3, 8):
+            for start in (0, 9 - rows):
+                some = call(ids[start : start + rows], use_cache=False).logits
+                assert torch.equal(some, whole[start : start + rows]), (rows, start)
+    assert len(fxpass.last_report().rewritten) >= 3
+
+
+def test_training() -> None:
+    net = torch.nn.Sequential(
+        torch.nn.Linear(64, 32), torch.nn.RMSNorm(32), torch.nn.GELU(), torch.nn.LayerNorm(32)
+    )
+    x = matrix(6, 64)
+    call = compiled(net)
+    loss = F.log_softmax(call(x), -1)[:, 0].sum()
+    found = torch.autograd.grad(loss, list(net.parameters()))
+    wanted = torch.autograd.grad(F.log_softmax(net(x), -1)[:, 0].sum(), list(net.parameters()))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert torch.equal(call(x)[2:3], call(x[2:3]))
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_attention_has_gradients(heads: int) -> None:
+    inputs = [matrix(2, h, 7, 16).requires_grad_() for h in (4, heads, heads)]
+    mask = torch.ones(7, 7, dtype=torch.bool).tril()
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+    wanted = torch.autograd.grad(attend(*inputs).sin().sum(), inputs)
+    found = torch.autograd.grad(compiled(attend)(*inputs).sin().sum(), inputs)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_report_and_the_code() -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    x = matrix(6, 5, 64)
+    call = compiled(lambda x: F.softmax(F.rms_norm(x, (64,)) @ W.t(), -1).sum(1))
+    with torch.no_grad():
+        _, code = run_and_get_code(call, x)
+    report = fxpass.last_report()
+    assert report.invariant == {
+        "fxpass.bi_matmul": 1,
+        "fxpass.bi_row_softmax": 1,
+        "fxpass.bi_row_sum": 1,
+    }
+    assert fxpass.Report.from_dict(report.to_dict()).invariant == report.invariant
+    assert "extern_kernels.fxpass_invariant['matmul']" in code[0]
+    assert "torch.ops.fxpass" not in code[0], "called without the dispatcher"
+
+
+def test_only_kernels_that_are_invariant_are_chosen() -> None:
+    with pytest.raises(OptionsError, match="expected 1 rewritten norms, found 0"):
+        torch.compile(
+            torch.nn.RMSNorm(64),
+            backend=fxpass.rmsnorm_backend,
+            options={**OPTIONS, "providers": ("reference",), "expect": 1},
+        )(matrix(3, 64))
+
+
+def test_integers_stay_torchs() -> None:
+    x = torch.arange(12).view(3, 4)
+    call = compiled(lambda x: (x.sum(), x.cumsum(1), x.float().prod(-1)))
+    with torch.no_grad():
+        found = call(x)
+    assert [t.tolist() for t in found[:2]] == [66, x.cumsum(1).tolist()]
+    assert fxpass.last_report().invariant == {}
+
+
+def test_rewrite_says_that_it_is_for_the_backend() -> None:
+    graph = torch.fx.symbolic_trace(torch.nn.ReLU())
+    with pytest.raises(OptionsError, match="batch_invariant is for the backend"):
+        fxpass.rewrite(graph, matrix(2, 2), batch_invariant=True)
+
+
+def test_the_pass_alone_rewrites_what_reaches_it() -> None:
+    x = matrix(6, 64)
+    with fxpass.install(batch_invariant=True, strict=True) as installed, torch.no_grad():
+        torch.compile(lambda x: (x @ W.t()).mean(-1))(x)
+    assert installed.report.invariant == {"fxpass.bi_matmul": 1, "fxpass.bi_row_mean": 1}
