@@ -17,7 +17,9 @@ from typing import Any
 import aiter_standin
 import pytest
 import torch
+import torch.utils._pytree
 from helpers import REFERENCE, Level, capture, cloned, copied, differences, rewritten
+from torch._inductor.compile_fx import compile_fx
 
 import fxpass
 from fxpass import ops, pipeline
@@ -98,11 +100,11 @@ every_model = pytest.mark.parametrize(
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Dynamo, about the models
 
 
-def build(name: str, dtype: torch.dtype) -> Built:
+def build(name: str, dtype: torch.dtype, batch: int = 2) -> Built:
     if name in DIFFUSION:
         pytest.importorskip("diffusers")
-        return dif.build(name, dtype=dtype)
-    return {**CORE, **MORE}[name].make(batch=2, dtype=dtype)
+        return dif.build(name, batch, dtype)
+    return {**CORE, **MORE}[name].make(batch=batch, dtype=dtype)
 
 
 def captured(built: Built) -> list[Level]:
@@ -177,3 +179,46 @@ def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     torch.compile(built.model, backend=backend)(**built.inputs)
     assert len(standin.calls) == MODELS[name].named
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["Qwen3", "SD3Transformer2DModel", "PRXTransformer2DModel", "AceStepTransformer1DModel"]
+)
+def test_any_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph with symbolic sizes serves every batch, as it does without the rewrite."""
+    standin = aiter_standin.install(monkeypatch, NEWEST)
+    built = build(name, torch.bfloat16)
+    batches = [built.inputs, build(name, torch.bfloat16, batch=5).inputs]
+    wanted, graphs = run_symbolic(built.model, batches, None)
+    found, rewritten_graphs = run_symbolic(built.model, batches, AITER)
+    assert rewritten_graphs == graphs
+    assert not differences(wanted, found)
+    assert len(standin.calls) == len(batches) * MODELS[name].named
+    assert len({call.shape for call in standin.calls}) > 1
+
+
+def run_symbolic(
+    model: torch.nn.Module, batches: list[dict[str, Any]], options: Options | None
+) -> tuple[list[Any], int]:
+    """The results, and how many graphs were made; the graphs run in eager."""
+    graphs = 0
+
+    def inner(graph_module: torch.fx.GraphModule, _: Any, **__: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        if options is not None:
+            fxpass.rewrite(graph_module, options=options)
+        return lambda *args: graph_module(*args)
+
+    def backend(graph_module: torch.fx.GraphModule, example: list[Any]) -> Any:
+        return compile_fx(graph_module, example, inner, {"force_disable_caches": True})
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    return [leaves(compiled(**inputs)) for inputs in batches], graphs
+
+
+def leaves(result: Any) -> list[Any]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if leaf is not None]
