@@ -16,7 +16,7 @@ from fxpass.errors import FxpassError
 
 MODELS = str(Path(__file__).parent / "cli_models.py")
 GOOD, MISSPELT = f"{MODELS}:make", f"{MODELS}:make_misspelt"
-COMMANDS = ("explain", "diff", "bisect", "corpus", "kernels", "doctor")
+COMMANDS = ("explain", "diff", "bisect", "corpus", "kernels", "doctor", "prove", "audit")
 
 
 @pytest.fixture
