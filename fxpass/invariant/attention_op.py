@@ -94,10 +94,21 @@ Saved = tuple[Tensor, Tensor, Tensor, "Tensor | None", Tensor, Tensor]
 
 def _flash_for_cpu(grad: Tensor, saved: Saved, ctx: Any) -> tuple[Any, ...]:
     query, key, value, mask, out, lse = saved
+    if mask is not None:
+        mask = _added(mask, query, key)
     made = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, query, key, value, out, lse, 0.0, ctx.is_causal, attn_mask=mask, scale=ctx.scale
     )
     return (*made, None)
+
+
+def _added(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A mask as torch's CPU kernel takes it: added to the scores, of four dims."""
+    if mask.dtype == torch.bool:
+        kept = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device)
+        mask = kept.masked_fill(mask.logical_not(), float("-inf"))
+    mask = mask[(None,) * (4 - mask.dim())]
+    return mask.expand(*mask.shape[:2], query.shape[2], key.shape[2])
 
 
 def _efficient(grad: Tensor, saved: Saved, ctx: Any) -> tuple[Any, ...]:
