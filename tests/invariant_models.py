@@ -170,6 +170,10 @@ def rowless():
     return lambda x: x, (3,)
 
 
+def softplus():
+    return torch.nn.Softplus(), (_rows(),)
+
+
 def scattered():
     def model(x, at):
         out = torch.zeros_like(x)

@@ -87,6 +87,14 @@ def test_mixing_by_meaning_is_listed(run, name: str) -> None:
     assert findings(out, family=family, run="eager")
 
 
+def test_element_wise_code_in_graphs_is_inductors(run) -> None:
+    _, out, _ = run("softplus", "--json")
+    assert findings(out, operator="aten.softplus", run="eager", mode="replaced")
+    (generated,) = findings(out, run="compiled")
+    assert generated["operator"] == "aten.log1p"
+    assert generated["family"] == "generated element-wise"
+
+
 def test_batch_norm_in_inference_has_rows() -> None:
     x, of_channels = torch.zeros(2, 3, 4), torch.ones(3)
     op = aten.native_batch_norm.default

@@ -92,12 +92,12 @@ def compiled(target: Target, table: Table) -> list[Finding]:
 def _node(node: fx.Node, table: Table) -> list[Finding]:
     values = [facts.value(each) for each in node.all_input_nodes]
     values = [value for value in values if isinstance(value, torch.Tensor)]
-    family = families.of(node.target, node.args, values)
+    family = families.of_generated(node.target, node.args, values)
     if family is None:
         return []
     kinds, name = source.kinds(values), source.name_of(node.target)
     # A sum there is Inductor's own code, of which measurements of ATen's kernel say nothing.
-    by_library = family not in (families.REDUCTION, families.POINTWISE)
+    by_library = family not in (families.REDUCTION, families.GENERATED)
     known = table.find(name, kinds, _device(values)) if by_library else None
     mode = families.mode_does(family, node.target, values)
     place = (facts.location(node), facts.source_line(node))

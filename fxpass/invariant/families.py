@@ -44,6 +44,11 @@ POINTWISE = Family(
     "the CPU's vectors and their tails round differently, so bits follow an element's place",
     "torch's kernel is used",
 )
+GENERATED = Family(
+    "generated element-wise",
+    "what Inductor computes in whole vectors, and what is left over, may use two functions",
+    "Inductor's own code; prove the model compiled",
+)
 CONVOLUTION = Family(
     "convolution",
     "cuDNN and oneDNN pick an algorithm by shape",
@@ -192,6 +197,21 @@ def of(operator: Any, args: Sequence[Any], values: Sequence[torch.Tensor]) -> Fa
         on_cpu = any(v.device.type == "cpu" and _rounds(v) for v in values)
         return POINTWISE if on_cpu else None
     return _of_torch(plain, args, values)
+
+
+_GENERATED = ("aten.log1p",)
+"""Element-wise operators of which Inductor's CPU code was seen to follow an element's place."""
+
+
+def of_generated(
+    operator: Any, args: Sequence[Any], values: Sequence[torch.Tensor]
+) -> Family | None:
+    """The family of a node of a graph that Inductor compiles: element-wise code is its own."""
+    found = of(operator, args, values)
+    if found is not None and found is not POINTWISE:
+        return found
+    on_cpu = any(v.device.type == "cpu" and v.is_floating_point() for v in values)
+    return GENERATED if on_cpu and source.name_of(operator) in _GENERATED else None
 
 
 def _of_torch(plain: str, args: Sequence[Any], values: Sequence[torch.Tensor]) -> Family | None:
