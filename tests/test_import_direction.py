@@ -45,13 +45,13 @@ MODULES = """
     pipeline capture ledger artifacts
     invariant invariant.aten invariant.products invariant.reductions invariant.norms
     invariant.attention invariant.attention_op invariant.pointwise invariant.table invariant.mode
-    invariant.recorder invariant.library invariant.compiled
+    invariant.library invariant.compiled
     hooks backend
     fxpass
     pytest_plugin
     target_errors target_text target_dump target_hf target
     doctor numerics
-    invariant.source invariant.compare invariant.trace invariant.vary invariant.prove
+    invariant.source invariant.recorder invariant.compare invariant.trace invariant.vary invariant.prove
     invariant.prove_eager invariant.prove_compiled
     invariant.families invariant.measured invariant.measure invariant.collectives invariant.audit
     corpus_rows corpus

@@ -23,6 +23,12 @@ NARROW = (torch.bfloat16, torch.float16)
 aten = torch.ops.aten
 
 
+def broadcast(*shapes: torch.Size) -> torch.Size:
+    """The shape that tensors of these shapes broadcast to. Raises RuntimeError if they do not."""
+    untyped: Any = torch.broadcast_shapes
+    return torch.Size(untyped(*shapes))
+
+
 def is_empty(x: Tensor) -> bool:
     """Whether a tensor is known to have no elements; no size is guarded on while tracing."""
     return statically_known_true(x.numel() == 0)

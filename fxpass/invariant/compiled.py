@@ -118,7 +118,8 @@ def _replace(graph: fx.Graph, node: fx.Node, function: Operator) -> None:
         node.replace_all_uses_with(results[0])
     else:
         for user in users:
-            user.replace_all_uses_with(results[user.args[1]])
+            index: Any = user.args[1]
+            user.replace_all_uses_with(results[index])
             graph.erase_node(user)
     graph.erase_node(node)
 

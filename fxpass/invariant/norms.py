@@ -32,8 +32,8 @@ def layer_norm(
     count = len(normalized_shape)
     if not _normalises(input, normalized_shape, weight, bias):
         return NotImplemented
-    flat = [None if t is None else t.reshape(-1) for t in (weight, bias)]
-    made, mean, rstd = dispatch.row_layer_norm(_rows(input, count), *flat, eps)
+    scale, shift = (None if t is None else t.reshape(-1) for t in (weight, bias))
+    made, mean, rstd = dispatch.row_layer_norm(_rows(input, count), scale, shift, eps)
     shape = (*input.shape[: input.dim() - count], *[1] * count)
     dtype = statistics_dtype(input, weight, bias)
     return made.reshape(input.shape), mean.to(dtype).view(shape), rstd.to(dtype).view(shape)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fxpass.invariant.aten import Operator, aten
+from fxpass.invariant.aten import Operator, aten, broadcast
 
 Tensor = torch.Tensor
 
@@ -125,7 +125,7 @@ def whole_part(count: int) -> int:
 
 def _evaluate(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
     try:
-        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+        shape = broadcast(*(t.shape for t in tensors))
     except RuntimeError:
         return NotImplemented  # torch says it better
     total = math.prod(shape)

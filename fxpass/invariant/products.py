@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fxpass import torch_private
-from fxpass.invariant.aten import NARROW, aten, is_empty
+from fxpass.invariant.aten import NARROW, aten, broadcast, is_empty
 from fxpass.kernels.invariant import dispatch
 
 Tensor = torch.Tensor
@@ -177,7 +177,7 @@ def matmul(self: Tensor, other: Tensor) -> Any:
         made = torch.matmul(self.reshape(-1, self.shape[-1]), other)
         return made.reshape(self.shape[:-1] + other.shape[1:])
     left = self.unsqueeze(0) if first == 1 else self
-    batch = torch.broadcast_shapes(left.shape[:-2], other.shape[:-2])
+    batch = broadcast(left.shape[:-2], other.shape[:-2])
     made = torch.bmm(_batched(left, batch), _batched(other, batch))
     made = made.reshape(*batch, *made.shape[1:])
     return made.squeeze(-2) if first == 1 else made

@@ -10,15 +10,14 @@ Known are: what the mode replaces (unless it left a call to torch), views, eleme
 
 from __future__ import annotations
 
-import os
-import sys
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxpass.invariant import mode
+from fxpass import torch_watch
+from fxpass.invariant import mode, source
 from fxpass.invariant.aten import NARROW
 from fxpass.invariant.table import COMPOSITES, CPU_POINTWISE, LEAVES
 
@@ -62,27 +61,31 @@ class Unknown:
         return f"{self.operator} at {self.source}: {self.reason}"
 
 
-class Recorder(TorchDispatchMode):
-    """Collects the calls made meanwhile in this thread."""
+class Recorder:
+    """Collects the calls made meanwhile in this thread; a context manager."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.unknown: list[Unknown] = []
         self.seen: dict[str, int] = {}
         """How often each operator was called."""
+        self._stack = contextlib.ExitStack()
+        self._left: list[Any] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operator and judge it."""
-        given = kwargs or {}
-        with mode.watched() as left:
-            made = func(*args, **given)
+    def __enter__(self) -> Recorder:
+        self._left = self._stack.enter_context(mode.watched())
+        self._stack.enter_context(torch_watch.watching(self._see))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> None:
+        left = bool(self._left)
+        self._left.clear()
         self.seen[str(func)] = self.seen.get(str(func), 0) + 1
-        reason = reason_of(func, args, given, bool(left))
+        reason = reason_of(func, args, kwargs, left)
         if reason is not None and _has_floats(made):
-            self.unknown.append(Unknown(str(func), _caller(), reason))
-        return made
+            self.unknown.append(Unknown(str(func), source.here()[0], reason))
 
 
 def reason_of(func: Any, args: Any, kwargs: Any, left_to_torch: bool) -> str | None:
@@ -131,16 +134,3 @@ def _is_view(func: Any) -> bool:
 def _has_floats(made: Any) -> bool:
     several = made if isinstance(made, (tuple, list)) else [made]
     return any(isinstance(t, torch.Tensor) and t.is_floating_point() for t in several)
-
-
-_NOT_OURS = tuple(
-    os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, __file__)
-)
-
-
-def _caller() -> str:
-    """`file:line` of the innermost frame that is neither torch's nor ours."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_OURS):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from fxpass.invariant import attention, attention_op, norms, pointwise, products, reductions
@@ -91,7 +92,7 @@ _ATTENTION: dict[str, Operator] = {
 LEAVES = MappingProxyType({**_PRODUCTS, **_REDUCTIONS, **_NORMS, **_ATTENTION})
 """Replaced at the CPU and CUDA keys, below autograd. A name is `packet` or `packet.overload`."""
 
-COMPOSITES = MappingProxyType(
+COMPOSITES: Mapping[str, Operator] = MappingProxyType(
     {
         "linear": products.linear,
         "matmul": products.matmul,
