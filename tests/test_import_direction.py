@@ -51,7 +51,8 @@ MODULES = """
     pytest_plugin
     target_errors target_text target_dump target_hf target
     doctor numerics
-    invariant.source invariant.recorder invariant.compare invariant.trace invariant.vary invariant.prove
+    invariant.source invariant.recorder
+    invariant.compare invariant.trace invariant.vary invariant.prove
     invariant.prove_eager invariant.prove_compiled
     invariant.families invariant.measured invariant.measure invariant.collectives invariant.audit
     corpus_rows corpus
