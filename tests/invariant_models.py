@@ -166,6 +166,10 @@ def fails_alone():
     return model, (_rows(),)
 
 
+def result_per_row():
+    return lambda x: list(x), (_rows(),)
+
+
 def rowless():
     return lambda x: x, (3,)
 

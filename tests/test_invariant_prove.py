@@ -132,6 +132,7 @@ def test_rows_in_another_dim(run) -> None:
         ("fails_alone", (), "the model with 1 row raised ValueError: needs two rows at"),
         ("batch_norm_of_one", (), "a model that needs several rows gives none a result of its own"),
         ("one_number", (), "no result has a dim that follows the rows"),
+        ("result_per_row", (), "2 results with 2 rows, 1 with one; needs as many"),
         ("rowless", (), "hold no tensor with rows in dim 0"),
         ("clean", ("--batch-args", "y"), "no argument 'y'; the call has 0"),
         ("clean", ("--device", "nowhere"), "--device nowhere:"),

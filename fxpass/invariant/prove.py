@@ -216,6 +216,11 @@ def _case(
     largest, failing, position = 0.0, None, -1
     for batch in chosen:
         results = model.run(call, batch.indices)
+        if len(results) != len(expected[0]):
+            raise TargetError(
+                f"TARGET {model.name}: {len(results)} results with {len(batch.indices)} rows,"
+                f" {len(expected[0])} with one; needs as many"
+            )
         worst = _worst(batch, results, expected, without)
         compared += len(batch.compared)
         differing += worst.rows
