@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from fxpass import facts, pipeline, remembered, torch_private
+from fxpass import facts, pipeline, remembered, torch_fakes, torch_private
 from fxpass.errors import FxpassError, OptionsError
 from fxpass.hooks import HOOK, new_pass, with_existing
 from fxpass.ledger import LEDGER
@@ -133,7 +133,7 @@ def rewrite(
     chosen.refuse_batch_invariant("rewrite")
     open_norms(graph_module)
     if example_inputs:
-        torch_private.propagate_fakes(graph_module, example_inputs)
+        torch_fakes.propagate_fakes(graph_module, example_inputs)
     from fxpass import diff_view
 
     found, graphs = Report(), Report()

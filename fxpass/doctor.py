@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fxpass import capture, pipeline, torch_private
+from fxpass import capture, pipeline, torch_dispatcher, torch_private
 from fxpass.dtypes import short
 from fxpass.hooks import HOOK
 from fxpass.kernels import kernels
@@ -128,9 +128,9 @@ def overrides() -> Iterator[Finding]:
     """ATen implementations set by Python packages that a compiled graph does not call."""
     count = 0
     for name in (*GENERATED, *CALLED_BY_OUT):
-        for key, place in torch_private.python_overrides(f"aten::{name}").items():
+        for key, place in torch_dispatcher.python_overrides(f"aten::{name}").items():
             if name in CALLED_BY_OUT:
-                if torch_private.python_overrides(f"aten::{name}.out"):
+                if torch_dispatcher.python_overrides(f"aten::{name}.out"):
                     continue
                 why = f"Inductor calls {name}.out, which is not overridden"
             else:

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
 
-from fxpass import capture, facts, sampling, target_dump, target_hf, torch_private
+from fxpass import capture, facts, sampling, target_dump, target_hf, torch_fakes, torch_private
 from fxpass.target_errors import TargetError, said, said_of_file
 
 FORMS = "module:callable, file.py:callable, hf:TYPE, program.pt2 or a folder of dumped graphs"
@@ -61,7 +61,7 @@ class Target:
             )
         if capture.on_meta(torch_private.leaves((self.args, self.kwargs))):
             raise TargetError(f"TARGET {self.name}: {capture.ON_META}; use --fake instead")
-        tensors = torch_private.fake_tensors() if self.fake else contextlib.nullcontext()
+        tensors = torch_fakes.fake_tensors() if self.fake else contextlib.nullcontext()
         with tensors, torch.set_grad_enabled(train):
             try:
                 found = capture.graphs(self.model, self.args, self.kwargs)
@@ -107,7 +107,7 @@ def _building(fake: bool) -> Iterator[None]:
     if not fake:
         yield
         return
-    with torch_private.fake_tensors(), contextlib.ExitStack() as stack:
+    with torch_fakes.fake_tensors(), contextlib.ExitStack() as stack:
         if not torch.cuda.is_available():
             stack.enter_context(_NoGpu())
         yield

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpass import torch_private
+from fxpass import torch_fakes
 from fxpass.dtypes import SHORT_NAMES
 
 _FILE = re.compile(r"\s*# File: (.*?):(\d+) in (.+?), code: (.*)")
@@ -57,7 +57,7 @@ def build(text: str, inputs: Mapping[str, Input]) -> fx.GraphModule:
         raise ValueError("no forward function in it")
     body = textwrap.dedent(text[start.start() :].replace("class <lambda>(", "class whole("))
     found = [part for part in ast.parse(body).body if isinstance(part, ast.ClassDef)]
-    mode, symbols = torch_private.fakes_with_symbols(_hints(found[0], inputs))
+    mode, symbols = torch_fakes.fakes_with_symbols(_hints(found[0], inputs))
     return _Reader(found[0], inputs, _Around(_stacks(body.splitlines()), mode, symbols)).read()
 
 
@@ -97,7 +97,7 @@ class _Reader:
         for name, body in self._bodies.items():
             root.add_module(name, body)
         made = fx.GraphModule(root, self._graph)
-        torch_private.propagate_in(made, self._mode, fakes)
+        torch_fakes.propagate_in(made, self._mode, fakes)
         return made
 
     def _placeholder(self, arg: ast.arg) -> Any:

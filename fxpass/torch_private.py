@@ -1,6 +1,7 @@
-"""Every private torch API the project touches, with the versions it was seen in.
+"""Private parts of torch's compiler, with the versions they were seen in.
 
-Those of Inductor's lowerings are in `torch_inductor.py`.
+Inductor's lowerings are in `torch_inductor.py`, fake tensors in `torch_fakes.py`, the dispatcher in
+`torch_dispatcher.py`; nothing else touches what is private in torch.
 
 Heavy modules (Inductor, Dynamo) are imported inside the functions that need them, so that
 `import fxpass` stays as cheap as `import torch`.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -264,22 +265,6 @@ def every_size_dynamic() -> contextlib.AbstractContextManager[None]:
     )
 
 
-def propagate_fakes(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Give every node of a graph its fake value, from example inputs."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-
-    FakeTensorProp(graph_module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
-
-
-def propagate_in(graph_module: fx.GraphModule, mode: Any, fakes: Sequence[Any]) -> None:
-    """Give every node its fake value, from fake inputs of `mode`."""
-    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-
-    with torch.no_grad():
-        FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*fakes)
-
-
 def inductor_cache_dir() -> str:
     """Where Inductor keeps compiled code."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -313,140 +298,3 @@ def debug_folder() -> str | None:
 
     path = getattr(V.debug, "_path", None)
     return None if path is None else str(path)
-
-
-@contextlib.contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Tensors made meanwhile have shapes but no memory.
-
-    Converting a module (`.to`, `.cuda`, `.bfloat16`) would swap each parameter in place, which
-    torch 2.13 refuses for fake ones; meanwhile it gives the module new parameters.
-    """
-    from unittest import mock
-
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        mock.patch.object(torch.nn.Module, "_apply", _convert),
-    ):
-        yield
-
-
-def _convert(
-    module: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
-) -> torch.nn.Module:
-    """`Module._apply` with new parameters; one that is shared stays shared."""
-    made: dict[int, torch.nn.Parameter] = {}
-    for inner in module.modules() if recurse else [module]:
-        for name, old in list(inner._parameters.items()):
-            if old is not None and id(old) not in made:
-                with torch.no_grad():
-                    made[id(old)] = torch.nn.Parameter(change(old), old.requires_grad)
-            inner._parameters[name] = None if old is None else made[id(old)]
-        for name, value in inner._buffers.items():
-            inner._buffers[name] = None if value is None else change(value)
-    return module
-
-
-def fakes_with_symbols(
-    sizes: Mapping[str, int],
-) -> tuple[contextlib.AbstractContextManager[Any], dict[str, Any]]:
-    """A mode whose fake tensors may have symbolic sizes, and a symbol for each name and hint."""
-    from torch._dynamo.source import ConstantSource
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-
-    env = ShapeEnv()
-    made = {}
-    for name, hint in sizes.items():
-        source = ConstantSource(name)
-        symbol = env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
-        made[name] = env.create_symintnode(symbol, hint=hint, source=source)
-    return FakeTensorMode(shape_env=env, allow_non_fake_inputs=True), made
-
-
-def python_overrides(operator_name: str) -> dict[str, str]:
-    """Dispatch key -> `file:line` of implementations of an operator written in Python, torch's not.
-
-    The dispatcher's dump marks what an override has replaced as inactive.
-    """
-    import os
-
-    ours = (os.path.dirname(torch.__file__) + os.sep, "/dev/null")
-    found: dict[str, str] = {}
-    for line in torch._C._dispatch_dump(operator_name).splitlines():
-        key, _, rest = line.partition(": registered at ")
-        place = rest.partition(" :: ")[0]
-        in_python = place.rpartition(":")[0].endswith(".py")
-        if in_python and "inactive" not in key and not place.startswith(ours):
-            found[key] = place
-    return found
-
-
-# ---- Operators replaced in the dispatcher -------------------------------------------------------
-
-
-def thread_value(key: str) -> Any:
-    """A value of this thread, which autograd's threads inherit from the one that starts them."""
-    return torch._C._get_obj_in_tls(key) if torch._C._is_key_in_tls(key) else None
-
-
-def set_thread_value(key: str, value: Any) -> None:
-    """Set a `thread_value`."""
-    torch._C._stash_obj_in_tls(key, value)
-
-
-Kernels = Mapping[str, Callable[[Any], Callable[..., Any]]]
-
-
-def override(leaves: Kernels, on_cpu: Kernels, composites: Kernels) -> Callable[[], None]:
-    """Replace ATen operators; what is returned puts back what was there.
-
-    The names are overloads (`mm`, `mm.out`). Each function gets the kernel there is, whose
-    `call_boxed(keyset, *args)` runs it, and gives the new one, which takes (keyset, *args). Leaves
-    are replaced for CPU and CUDA tensors where they have kernels, or on the CPU only; composites
-    where they decompose.
-    torch.library would forget on the way out that somebody else's Python kernel is registered.
-    """
-    import warnings
-
-    library: Any = torch._C._dispatch_library("IMPL", "aten", "", __file__, 0)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "Overriding a previously registered kernel"
-            devices = ("CPU", "CUDA") if torch.cuda.is_available() else ("CPU",)
-            places = [*_places(leaves, devices), *_places(on_cpu, ("CPU",))]
-            for name, key, make in places:
-                original = torch.library.get_kernel(f"aten::{name}", key)
-                library.impl(name, key, make(original), True)
-            for name in composites:
-                original = torch.library.get_kernel(f"aten::{name}", "CPU")
-                library.impl(name, "CompositeImplicitAutograd", composites[name](original), True)
-    except BaseException:
-        library.reset()
-        raise
-    return lambda: library.reset()
-
-
-def _places(kernels: Kernels, keys: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
-    """(overload, dispatch key, kernel) where an operator has a kernel of its own below autograd."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    for name, make in kernels.items():
-        full = f"aten::{name}"
-        if not torch._C._dispatch_has_kernel(full):
-            continue
-        everywhere = any(has(full, f"CompositeExplicitAutograd{s}") for s in ("", "NonFunctional"))
-        yield from ((name, key, make) for key in keys if everywhere or has(full, key))
-
-
-def tf32_allowed() -> bool:
-    """Whether the user lets float32 products on a GPU round their inputs to TF32."""
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
-
-
-def is_traced() -> bool:
-    """Whether a mode or a transform watches operators: then composite ones should open up."""
-    if torch._C._len_torch_dispatch_stack():
-        return True
-    return bool(torch._C._functorch.peek_interpreter_stack() is not None)

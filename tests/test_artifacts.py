@@ -14,7 +14,7 @@ from cases_rounding import unit
 from helpers import tensors
 
 import fxpass
-from fxpass import artifacts, printing, torch_private
+from fxpass import artifacts, printing, torch_fakes, torch_private
 
 NAMES = ["fxpass_before", "fxpass_after", "fxpass_report"]
 SCRIPT = """
@@ -76,7 +76,7 @@ def test_both_places_get_the_graph_that_was_rewritten(how: str, tmp_path: Path) 
 @pytest.fixture
 def graph():
     graph_module = torch.fx.symbolic_trace(lambda x, w: w * unit(x).to(w.dtype))
-    torch_private.propagate_fakes(graph_module, tensors("bf16[2,8,64]", "bf16[64]"))
+    torch_fakes.propagate_fakes(graph_module, tensors("bf16[2,8,64]", "bf16[64]"))
     return graph_module.graph
 
 

@@ -15,7 +15,7 @@ HERE = f"{Path(__file__).name}: MODULES"
 # Names are without the leading `fxpass.`; `patterns`, `kernels`, `fxpass` are __init__ files.
 MODULES = """
     errors dtypes options spec
-    torch_private torch_inductor torch_watch facts
+    torch_private torch_fakes torch_dispatcher torch_inductor torch_watch facts
     terms calls spellings composites lifting formula
     patterns.finish patterns.l2_norm patterns.rms_norm patterns
     meaning elements residual uses sites mutation diagnose matching
@@ -76,6 +76,8 @@ MAY_NOT_KNOW = {
 # Names with one owner.
 PRIVATE_TORCH: dict[str, set[str] | None] = {
     "torch_private": None,  # anything
+    "torch_fakes": None,
+    "torch_dispatcher": None,
     "torch_inductor": None,
     "torch_watch": None,
     # Saves 1.5 us a call, has a public fallback, and kernels do not import the pass.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpass import facts, torch_private, torch_watch
+from fxpass import facts, torch_fakes, torch_private, torch_watch
 from fxpass.invariant import families, measure, source
 from fxpass.invariant.families import Family
 from fxpass.invariant.measure import Cut, Shape
@@ -58,7 +58,7 @@ def _eager(target: Target, table: Table) -> list[Finding]:
         if finding is not None:
             found.append(finding)
 
-    tensors = torch_private.fake_tensors() if target.fake else contextlib.nullcontext()
+    tensors = torch_fakes.fake_tensors() if target.fake else contextlib.nullcontext()
     model = Model(target.name, target.model, None)
     with tensors, model.fresh(), torch_watch.watching(see), model.said():
         target.model(*target.args, **target.kwargs)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fxpass import torch_private
+from fxpass import torch_dispatcher
 from fxpass.invariant import pointwise
 from fxpass.invariant.aten import Operator
 from fxpass.invariant.table import COMPOSITES, CPU_POINTWISE, LEAVES
@@ -85,7 +85,7 @@ def watched() -> Iterator[list[Operator]]:
 
 def active() -> bool:
     """Whether this thread is in the mode."""
-    return _registered.everywhere or torch_private.thread_value(_KEY) is True
+    return _registered.everywhere or torch_dispatcher.thread_value(_KEY) is True
 
 
 @contextlib.contextmanager
@@ -95,13 +95,13 @@ def batch_invariant_mode(enabled: bool = True) -> Iterator[None]:
     Can be nested and used as a decorator; what autograd runs for a `backward()` called inside is
     included. `enabled=False` leaves the mode for a while, but not one that `enable` started.
     """
-    before = torch_private.thread_value(_KEY)
+    before = torch_dispatcher.thread_value(_KEY)
     _registered.acquire()
-    torch_private.set_thread_value(_KEY, enabled)
+    torch_dispatcher.set_thread_value(_KEY, enabled)
     try:
         yield
     finally:
-        torch_private.set_thread_value(_KEY, before)
+        torch_dispatcher.set_thread_value(_KEY, before)
         _registered.release()
 
 
@@ -119,7 +119,7 @@ def disable() -> None:
 
 def _register() -> Callable[[], None]:
     """Register everything; what comes back takes it back."""
-    return torch_private.override(
+    return torch_dispatcher.override(
         {name: functools.partial(_leaf, function) for name, function in LEAVES.items()},
         {name: functools.partial(_on_cpu, name, f) for name, f in CPU_POINTWISE.items()},
         {name: functools.partial(_composite, function) for name, function in COMPOSITES.items()},

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fxpass import torch_private
+from fxpass import torch_dispatcher
 from fxpass.dtypes import is_exact_cast
 from fxpass.invariant.aten import NARROW, is_empty
 from fxpass.kernels import kernels
@@ -72,7 +72,7 @@ def rms_norm(
     tensors = [t for t in (input, weight) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return NotImplemented
-    if torch_private.is_traced() or any(type(t) not in _PLAIN for t in tensors):
+    if torch_dispatcher.is_traced() or any(type(t) not in _PLAIN for t in tensors):
         return NotImplemented
     return _rms_norm(input, normalized_shape, weight, eps, ("out",))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fxpass import torch_private
+from fxpass import torch_dispatcher
 from fxpass.invariant.aten import NARROW, aten, broadcast, is_empty
 from fxpass.kernels.invariant import dispatch
 
@@ -91,7 +91,7 @@ def grouped_mm(
     plain = bias is None and out_dtype in (None, self.dtype)
     if self.dim() != 2 or mat2.dim() != 3 or offs is None or not plain:
         return NotImplemented
-    if torch_private.is_traced() or self.dtype != mat2.dtype or self.shape[1] != mat2.shape[1]:
+    if torch_dispatcher.is_traced() or self.dtype != mat2.dtype or self.shape[1] != mat2.shape[1]:
         return NotImplemented
     if not dispatch.takes(self, product=True):
         return NotImplemented
@@ -238,4 +238,4 @@ def _may_be_bias(bias: Tensor, a: Tensor, b: Tensor) -> bool:
 
 
 def _tf32(a: Tensor) -> bool:
-    return a.dtype == torch.float32 and a.is_cuda and torch_private.tf32_allowed()
+    return a.dtype == torch.float32 and a.is_cuda and torch_dispatcher.tf32_allowed()

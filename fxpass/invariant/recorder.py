@@ -43,7 +43,7 @@ histc counts. nll_loss_forward reads one element a row; its sum over the rows is
 whole batch.
 """
 
-MADE_OF_OTHERS = frozenset("_safe_softmax logcumsumexp softmax log_softmax _fused_rms_norm".split())
+MADE_OF_OTHERS = frozenset("_safe_softmax softmax log_softmax _fused_rms_norm".split())
 """Packets whose kernel calls operators the mode replaces. (On a GPU `_fused_rms_norm` is one.)"""
 
 

@@ -1,0 +1,94 @@
+"""Private parts of torch's dispatcher: operators replaced in Python, and who asked for it.
+
+Seen in torch 2.11 and 2.13. Inductor's and Dynamo's are in `torch_private.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+def python_overrides(operator_name: str) -> dict[str, str]:
+    """Dispatch key -> `file:line` of implementations of an operator written in Python, torch's not.
+
+    The dispatcher's dump marks what an override has replaced as inactive.
+    """
+    import os
+
+    ours = (os.path.dirname(torch.__file__) + os.sep, "/dev/null")
+    found: dict[str, str] = {}
+    for line in torch._C._dispatch_dump(operator_name).splitlines():
+        key, _, rest = line.partition(": registered at ")
+        place = rest.partition(" :: ")[0]
+        in_python = place.rpartition(":")[0].endswith(".py")
+        if in_python and "inactive" not in key and not place.startswith(ours):
+            found[key] = place
+    return found
+
+
+def thread_value(key: str) -> Any:
+    """A value of this thread, which autograd's threads inherit from the one that starts them."""
+    return torch._C._get_obj_in_tls(key) if torch._C._is_key_in_tls(key) else None
+
+
+def set_thread_value(key: str, value: Any) -> None:
+    """Set a `thread_value`."""
+    torch._C._stash_obj_in_tls(key, value)
+
+
+Kernels = Mapping[str, Callable[[Any], Callable[..., Any]]]
+
+
+def override(leaves: Kernels, on_cpu: Kernels, composites: Kernels) -> Callable[[], None]:
+    """Replace ATen operators; what is returned puts back what was there.
+
+    The names are overloads (`mm`, `mm.out`). Each function gets the kernel there is, whose
+    `call_boxed(keyset, *args)` runs it, and gives the new one, which takes (keyset, *args). Leaves
+    are replaced for CPU and CUDA tensors where they have kernels, or on the CPU only; composites
+    where they decompose.
+    torch.library would forget on the way out that somebody else's Python kernel is registered.
+    """
+    import warnings
+
+    library: Any = torch._C._dispatch_library("IMPL", "aten", "", __file__, 0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "Overriding a previously registered kernel"
+            devices = ("CPU", "CUDA") if torch.cuda.is_available() else ("CPU",)
+            places = [*_places(leaves, devices), *_places(on_cpu, ("CPU",))]
+            for name, key, make in places:
+                original = torch.library.get_kernel(f"aten::{name}", key)
+                library.impl(name, key, make(original), True)
+            for name in composites:
+                original = torch.library.get_kernel(f"aten::{name}", "CPU")
+                library.impl(name, "CompositeImplicitAutograd", composites[name](original), True)
+    except BaseException:
+        library.reset()
+        raise
+    return lambda: library.reset()
+
+
+def _places(kernels: Kernels, keys: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
+    """(overload, dispatch key, kernel) where an operator has a kernel of its own below autograd."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name, make in kernels.items():
+        full = f"aten::{name}"
+        if not torch._C._dispatch_has_kernel(full):
+            continue
+        everywhere = any(has(full, f"CompositeExplicitAutograd{s}") for s in ("", "NonFunctional"))
+        yield from ((name, key, make) for key in keys if everywhere or has(full, key))
+
+
+def tf32_allowed() -> bool:
+    """Whether the user lets float32 products on a GPU round their inputs to TF32."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def is_traced() -> bool:
+    """Whether a mode or a transform watches operators: then composite ones should open up."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    return bool(torch._C._functorch.peek_interpreter_stack() is not None)
