@@ -5,6 +5,7 @@ Seen in torch 2.11 and 2.13. Inductor's and Dynamo's are in `torch_private.py`.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,10 @@ def set_thread_value(key: str, value: Any) -> None:
 
 Kernels = Mapping[str, Callable[[Any], Callable[..., Any]]]
 
+_KEPT: collections.deque[list[Any]] = collections.deque(maxlen=64)
+"""Kernels that were taken back last. Another thread may have looked one up and wait for Python's
+lock to enter it; the dispatcher itself keeps none alive that is no longer registered."""
+
 
 def override(leaves: Kernels, on_cpu: Kernels, composites: Kernels) -> Callable[[], None]:
     """Replace ATen operators; what is returned puts back what was there.
@@ -54,21 +59,28 @@ def override(leaves: Kernels, on_cpu: Kernels, composites: Kernels) -> Callable[
     import warnings
 
     library: Any = torch._C._dispatch_library("IMPL", "aten", "", __file__, 0)
+    kernel, ours = torch.library.get_kernel, []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "Overriding a previously registered kernel"
             devices = ("CPU", "CUDA") if torch.cuda.is_available() else ("CPU",)
             places = [*_places(leaves, devices), *_places(on_cpu, ("CPU",))]
             for name, key, make in places:
-                original = torch.library.get_kernel(f"aten::{name}", key)
-                library.impl(name, key, make(original), True)
-            for name in composites:
-                original = torch.library.get_kernel(f"aten::{name}", "CPU")
-                library.impl(name, "CompositeImplicitAutograd", composites[name](original), True)
+                library.impl(name, key, make(kernel(f"aten::{name}", key)), True)
+                ours.append(kernel(f"aten::{name}", key))
+            for name, make in composites.items():
+                made = make(kernel(f"aten::{name}", "CPU"))
+                library.impl(name, "CompositeImplicitAutograd", made, True)
+                ours.append(kernel(f"aten::{name}", "CPU"))
     except BaseException:
         library.reset()
         raise
-    return lambda: library.reset()
+
+    def take_back() -> None:
+        _KEPT.append(ours)
+        library.reset()
+
+    return take_back
 
 
 def _places(kernels: Kernels, keys: Sequence[str]) -> Iterator[tuple[str, str, Any]]:

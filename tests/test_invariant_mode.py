@@ -226,3 +226,26 @@ def test_element_wise_operators_that_vary_are_replaced() -> None:
             whole = op(x)
             assert torch.equal(whole[-3:], op(x[-3:])), name
             assert torch.equal(whole, op(torch.stack([x, x], -1)[:, 0])), name
+
+
+def test_threads_outside_while_others_enter_and_leave() -> None:
+    """A kernel that another thread is about to enter must outlive its registration."""
+    x, found, stop = torch.rand(5, 37), list[Exception](), threading.Event()
+
+    def outside() -> None:
+        try:
+            while not stop.is_set():
+                F.softmax(x @ x.mT, -1).sum(-1)
+        except Exception as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=outside) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(30):
+        with fxpass.batch_invariant_mode():
+            pass
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not found
