@@ -91,6 +91,15 @@ def test_rows_of_each_operator(dynamic: bool) -> None:
                 assert torch.equal(some, all_rows[6 - rows :]), (name, rows)
 
 
+@pytest.mark.parametrize("call", [F.softplus, lambda x: x.abs().log1p()], ids=["softplus", "log1p"])
+def test_elements_that_do_not_fill_a_vector(call) -> None:
+    """Inductor computes them one by one if it deems so few not worth a vector, in other bits."""
+    x = 3 * matrix(257, 3)
+    whole = compiled(call, dynamic=False)(x)
+    for rows in (1, 8):
+        assert torch.equal(compiled(call, dynamic=False)(x[:rows].clone()), whole[:rows]), rows
+
+
 def llama():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -29,6 +29,9 @@ FLAGS = {
     "max_autotune_gemm": False,
     "deterministic": True,
     "batch_invariant": True,
+    # Or what does not fill a vector is computed by other functions (`std::log1p` for Sleef's).
+    "cpp.enable_tiling_heuristics": False,
+    "cpp.enable_loop_tail_vec": True,
 }
 """Settings of Inductor for the rest of the graph; those that this torch does not have are left."""
 
@@ -41,7 +44,12 @@ _NOT_HERE = ("_fused_rms_norm",)
 def flags() -> dict[str, Any]:
     """The settings this torch has."""
     config = torch_private.inductor_config()
-    return {name: value for name, value in FLAGS.items() if hasattr(config, name)}
+    return {name: value for name, value in FLAGS.items() if _has(config, name)}
+
+
+def _has(config: Any, name: str) -> bool:
+    group, _, last = name.rpartition(".")
+    return hasattr(getattr(config, group, None) if group else config, last)
 
 
 @functools.cache
