@@ -101,6 +101,11 @@ def tf32_allowed() -> bool:
 
 def is_traced() -> bool:
     """Whether a mode or a transform watches operators: then composite ones should open up."""
-    if torch._C._len_torch_dispatch_stack():
+    return bool(torch._C._len_torch_dispatch_stack()) or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode derivatives look at every operator."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return bool(torch._C._functorch.peek_interpreter_stack() is not None)
+    return bool(torch.autograd.forward_ad._current_level >= 0)

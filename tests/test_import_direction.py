@@ -44,8 +44,8 @@ MODULES = """
     diff diff_text diff_svg diff_html diff_view
     pipeline capture ledger artifacts
     invariant invariant.aten invariant.products invariant.reductions invariant.norms
-    invariant.attention invariant.attention_op invariant.pointwise invariant.table invariant.mode
-    invariant.library invariant.compiled
+    invariant.attention invariant.attention_grad invariant.attention_op invariant.pointwise
+    invariant.table invariant.mode invariant.library invariant.compiled
     hooks backend
     fxpass
     pytest_plugin

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fxpass import torch_dispatcher
+from fxpass.invariant import attention_grad
 from fxpass.invariant.aten import aten
 from fxpass.invariant.attention import attend, fits, padded
 
@@ -33,8 +35,11 @@ def scaled_dot_product(
     """F.scaled_dot_product_attention. Differentiable.
 
     With dropout, a mask beside `is_causal`, or other ranks than four, torch's own runs; without
-    dropout that is made of products and softmax.
+    dropout that is made of products and softmax. So it does under torch.func and forward-mode
+    derivatives, which an operator of a library does not have.
     """
+    if torch_dispatcher.is_transformed():
+        return NotImplemented
     if dropout_p or (is_causal and attn_mask is not None):
         return NotImplemented
     if query.dim() != 4 or not (enable_gqa or query.shape[1] == key.shape[1]):
@@ -62,13 +67,16 @@ def fake(
 def _setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     ctx.save_for_backward(*inputs[:4], *output)
     ctx.is_causal, ctx.scale = inputs[4:]
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     """Gradients by torch's own kernel where it takes the tensors, else written out."""
     query, key, value, mask, out, lse = ctx.saved_tensors
-    if grad is None:
+    if grad is None and grad_lse is None:
         return (None,) * 6
+    if grad is None:
+        grad = torch.zeros_like(out)
     groups = query.shape[1] // key.shape[1]
     wide_key, wide_value = (
         t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value)
@@ -76,12 +84,13 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[A
     saved = (query, wide_key, wide_value, mask, out, lse)
     wants_mask = mask is not None and ctx.needs_input_grad[3]
     plain = query.shape[-1] == value.shape[-1] and query.shape[-1] % 8 == 0
-    if plain and not wants_mask and query.device.type == "cpu":
+    plain = plain and not wants_mask and grad_lse is None and not torch.is_grad_enabled()
+    if plain and query.device.type == "cpu":
         found = _flash_for_cpu(grad, saved, ctx)
     elif plain and mask is None and query.device.type == "cuda":
         found = _efficient(grad, saved, ctx)
     else:
-        found = _written_out(grad, saved, ctx, wants_mask)
+        found = _written_out(grad, saved, ctx, wants_mask, grad_lse)
     grad_query, grad_key, grad_value, grad_mask = found
     grad_key, grad_value = (
         t.unflatten(1, (-1, groups)).sum(2) if groups > 1 else t for t in (grad_key, grad_value)
@@ -121,29 +130,18 @@ def _efficient(grad: Tensor, saved: Saved, ctx: Any) -> tuple[Any, ...]:
     return (*made[:3], None)
 
 
-def _written_out(grad: Tensor, saved: Saved, ctx: Any, wants_mask: bool) -> tuple[Any, ...]:
-    query, key, value, mask, out, lse = saved
-    q, k, v, o, d = (t.to(lse.dtype) for t in (query, key, value, out, grad))
-    scale = query.shape[-1] ** -0.5 if ctx.scale is None else ctx.scale
-    scores = (q @ k.mT) * scale
-    scores = _masked(scores, mask, ctx.is_causal)
-    weights = torch.where(lse.isfinite()[..., None], (scores - lse[..., None]).exp(), 0.0)
-    grad_scores = weights * (d @ v.mT - (d * o).sum(-1, keepdim=True))
-    made = (grad_scores @ k * scale, grad_scores.mT @ q * scale, weights.mT @ d)
-    grad_mask = None
+def _written_out(
+    grad: Tensor, saved: Saved, ctx: Any, wants_mask: bool, grad_lse: Tensor | None
+) -> tuple[Any, ...]:
+    """Of operators that have gradients themselves."""
+    mask = saved[3]
+    *made, scores = attention_grad.gradients(
+        (grad, *saved[:3], *saved[4:]), mask, ctx.is_causal, ctx.scale,
+        product=torch.matmul, row_sum=lambda x: x.sum(-1, keepdim=True), grad_lse=grad_lse,
+    )  # fmt: skip
     if wants_mask and mask is not None:
-        grad_mask = grad_scores.sum_to_size(mask.shape).to(mask.dtype)
-    return (*(g.to(query.dtype) for g in made), grad_mask)
-
-
-def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is None:
-        return scores
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(mask.logical_not(), float("-inf"))
-    return scores + mask
+        return *made, scores.sum_to_size(mask.shape).to(mask.dtype)
+    return *made, None
 
 
 def _define() -> Any:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from fxpass.invariant import attention, attention_op, norms, pointwise, products, reductions
+from fxpass.invariant import (
+    attention,
+    attention_grad,
+    attention_op,
+    norms,
+    pointwise,
+    products,
+    reductions,
+)
 from fxpass.invariant.aten import Operator, in_place, into
 
 _PRODUCTS: dict[str, Operator] = {
@@ -84,6 +92,7 @@ _NORMS: dict[str, Operator] = {
 
 _ATTENTION: dict[str, Operator] = {
     "_scaled_dot_product_flash_attention_for_cpu": attention.flash_for_cpu,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": attention_grad.flash_for_cpu_backward,
     "_scaled_dot_product_efficient_attention": attention.efficient,
     "_scaled_dot_product_flash_attention": attention.flash,
     "_scaled_dot_product_cudnn_attention": attention.cudnn,
