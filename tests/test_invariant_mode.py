@@ -249,3 +249,22 @@ def test_threads_outside_while_others_enter_and_leave() -> None:
     for thread in threads:
         thread.join()
     assert not found
+
+
+def test_results_lie_in_memory_as_torchs() -> None:
+    q, other = torch.rand(2, 3, 4, 8), torch.rand(2, 3, 5, 12)
+    queries = q, q.transpose(1, 2).contiguous().transpose(1, 2), q.mT.contiguous().mT, q[..., :3, :]
+    calls = [
+        *(lambda q=q, v=v: F.scaled_dot_product_attention(q, other[..., :8], v)
+          for q in queries for v in (other, other[..., :8])),
+        lambda: F.glu(q.permute(1, 3, 0, 2), 1), lambda: F.silu(q.mT),
+    ]  # fmt: skip
+    wanted = [call().stride() for call in calls]
+    with fxpass.batch_invariant_mode():
+        assert [call().stride() for call in calls] == wanted
+
+
+def test_norm_of_a_tensor_whose_sign_waits() -> None:
+    x = torch._neg_view(torch.rand(3, 8))
+    with fxpass.batch_invariant_mode():
+        torch.testing.assert_close(F.rms_norm(x, (8,)), F.rms_norm(x.clone(), (8,)))

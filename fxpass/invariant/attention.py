@@ -8,6 +8,7 @@ import torch
 
 from fxpass.invariant.aten import is_empty
 from fxpass.kernels.invariant import dispatch
+from fxpass.torch_private import statically_known_true
 
 Tensor = torch.Tensor
 _LSE_MULTIPLE = 32
@@ -25,6 +26,13 @@ def attend(
     """(out, logsumexp); out is dense in the order batch, length, head, dim, as torch's are."""
     out, lse = dispatch.attention(query, key, value, mask, causal=is_causal, scale=scale)
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+def like_query(out: Tensor, query: Tensor) -> Tensor:
+    """A result of `attend` in the memory order that torch's CPU kernel gives it: the query's."""
+    as_is = query.shape[-1] == out.shape[-1] and query.stride(-1) == 1
+    heads_first = statically_known_true(query.stride(1) > query.stride(2))
+    return out if as_is and not heads_first else out.contiguous()
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
@@ -64,7 +72,8 @@ def flash_for_cpu(
     """(out, logsumexp (B, H, L))."""
     if dropout_p or (is_causal and attn_mask is not None) or not fits(query, key, value, attn_mask):
         return NotImplemented
-    return attend(query, key, value, attn_mask, is_causal, scale)
+    out, lse = attend(query, key, value, attn_mask, is_causal, scale)
+    return like_query(out, query), lse
 
 
 def efficient(

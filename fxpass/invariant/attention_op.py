@@ -14,7 +14,7 @@ import torch
 from fxpass import torch_dispatcher
 from fxpass.invariant import attention_grad
 from fxpass.invariant.aten import aten
-from fxpass.invariant.attention import attend, fits, padded
+from fxpass.invariant.attention import attend, fits, like_query, padded
 
 Tensor = torch.Tensor
 
@@ -46,7 +46,8 @@ def scaled_dot_product(
         return NotImplemented
     if not fits(query, key, value, attn_mask):
         return NotImplemented
-    return OPERATOR(query, key, value, attn_mask, is_causal, scale)[0]
+    out = OPERATOR(query, key, value, attn_mask, is_causal, scale)[0]
+    return like_query(out, query) if query.device.type == "cpu" else out
 
 
 def fake(

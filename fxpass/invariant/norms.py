@@ -72,7 +72,7 @@ def rms_norm(
     tensors = [t for t in (input, weight) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return NotImplemented
-    if torch_dispatcher.is_traced() or any(type(t) not in _PLAIN for t in tensors):
+    if torch_dispatcher.is_traced() or any(type(t) not in _PLAIN or t.is_neg() for t in tensors):
         return NotImplemented
     return _rms_norm(input, normalized_shape, weight, eps, ("out",))
 

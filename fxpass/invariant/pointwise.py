@@ -178,6 +178,6 @@ def _glu(overload: Any) -> Operator:
         if whole < count:
             tail = torch.stack(_cut(list(pairs), whole, count))
             parts.append(aten.glu(tail, 0)[0][: count - whole])
-        return torch.cat(parts).view(halves[0].shape)
+        return _laid_out(torch.cat(parts).view(halves[0].shape), [self, halves[0]])
 
     return call
