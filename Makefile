@@ -12,7 +12,7 @@ TYPES := build/types
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit golden gpu format clean
+.PHONY: help setup demo test lint types unit golden long gpu format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -48,6 +48,9 @@ unit: setup  ## the tests; ARGS='-k packaging' picks some
 
 golden: setup  ## rewrite the golden files and README tables; read the diff before committing
 	$(BIN)/pytest --update-golden $(ARGS)
+
+long: setup  ## the tests of every model, half an hour
+	$(BIN)/pytest -m long $(ARGS)
 
 gpu: setup  ## the tests that need a GPU
 	$(BIN)/pytest -m gpu $(ARGS)

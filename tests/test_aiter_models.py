@@ -95,7 +95,7 @@ MODELS = {**LANGUAGE, **DIFFUSION}
 QUICK = ("Qwen3", "ErnieImageTransformer2DModel", "PRXTransformer2DModel", "SD3Transformer2DModel")
 every_model = pytest.mark.parametrize(
     "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in MODELS],
 )
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Dynamo, about the models
 
@@ -169,7 +169,7 @@ def test_left_to_choose(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["Qwen3", "WanTransformer3DModel"])
 def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor's own code makes the same calls, with tensors that it laid out itself."""
@@ -182,7 +182,7 @@ def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", ["Qwen3", "SD3Transformer2DModel", "PRXTransformer2DModel", "AceStepTransformer1DModel"]
 )
