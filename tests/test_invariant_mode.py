@@ -268,3 +268,33 @@ def test_norm_of_a_tensor_whose_sign_waits() -> None:
     x = torch._neg_view(torch.rand(3, 8))
     with fxpass.batch_invariant_mode():
         torch.testing.assert_close(F.rms_norm(x, (8,)), F.rms_norm(x.clone(), (8,)))
+
+
+def test_products_of_nothing_are_the_bias() -> None:
+    bias = torch.rand(4)
+    with fxpass.batch_invariant_mode():
+        for shape in ((3, 0), (2, 3, 0), (0,)):
+            made = F.linear(torch.empty(shape), torch.empty(4, 0), bias)
+            assert torch.equal(made, bias.expand(*shape[:-1], 4))
+
+
+def test_what_torch_refuses_is_refused() -> None:
+    q, x = torch.rand(2, 3, 4, 8), torch.rand(3, 8)
+    calls = [
+        lambda: F.scaled_dot_product_attention(q, q, q, torch.ones(4, dtype=torch.bool)),
+        lambda: F.layer_norm(x, (8,), x[0].bfloat16()),
+        lambda: F.layer_norm(x.bfloat16(), (8,), x[0], x[0].bfloat16()),
+        lambda: x.sum((0, -2)), lambda: F.softmax(x, 2), lambda: x @ x,
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises((IndexError, RuntimeError)) as wanted:
+            call()
+        with fxpass.batch_invariant_mode(), pytest.raises(wanted.type):
+            call()
+
+
+def test_a_mean_is_rounded_once() -> None:
+    x = torch.tensor([[1.0038, 1.0038, 1.0038, 1.005]])  # 1, 1, 1, 1.0078 in bfloat16
+    with fxpass.batch_invariant_mode():
+        out = torch.mean(x, 1, out=torch.empty(1, dtype=torch.bfloat16))
+        assert out.item() == x.mean(1, dtype=torch.bfloat16).item() == 1.0078125

@@ -56,7 +56,7 @@ def mask_fits(mask: Tensor, query: Tensor, key: Tensor) -> bool:
     full = (*query.shape[:3], key.shape[2])
     sizes = zip(reversed(mask.shape), reversed(full), strict=False)
     known = mask.dtype == torch.bool or mask.dtype in (query.dtype, torch.float32)
-    return known and mask.dim() <= 4 and all(s in (1, t) for s, t in sizes)
+    return known and 2 <= mask.dim() <= 4 and all(s in (1, t) for s, t in sizes)
 
 
 def flash_for_cpu(

@@ -30,13 +30,20 @@ def layer_norm(
 ) -> Any:
     """aten::native_layer_norm: (out, mean, rstd)."""
     count = len(normalized_shape)
-    if not _normalises(input, normalized_shape, weight, bias):
+    if not _normalises(input, normalized_shape, weight, bias) or _are_mixed(input, weight, bias):
         return NotImplemented
     scale, shift = (None if t is None else t.reshape(-1) for t in (weight, bias))
     made, mean, rstd = dispatch.row_layer_norm(_rows(input, count), scale, shift, eps)
     shape = (*input.shape[: input.dim() - count], *[1] * count)
     dtype = statistics_dtype(input, weight, bias)
     return made.reshape(input.shape), mean.to(dtype).view(shape), rstd.to(dtype).view(shape)
+
+
+def _are_mixed(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether torch's CPU kernel refuses these dtypes: float32 beside 16 bits is all it mixes."""
+    dtypes = {t.dtype for t in (weight, bias) if t is not None}
+    allowed = [{input.dtype}, {torch.float32}] if input.dtype in NARROW else [{input.dtype}]
+    return input.device.type == "cpu" and bool(dtypes) and dtypes not in allowed
 
 
 def statistics_dtype(

@@ -156,7 +156,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         return NotImplemented
     if bias is None:
         return matmul(input, weight.t())
-    if bias.dim() > 1:
+    if bias.dim() > 1 or is_empty(input):
         return NotImplemented
     made = torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight.t())
     return made.reshape(*input.shape[:-1], weight.shape[0])

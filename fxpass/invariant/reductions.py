@@ -40,7 +40,13 @@ def nansum(
 def mean_dims(
     self: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Any:
-    """The mean over some dims."""
+    """The mean over some dims.
+
+    On the CPU torch adds up in float32 what it shall round to 16 bits; elsewhere it casts first.
+    """
+    if dtype in NARROW and self.dtype != dtype and self.device.type == "cpu":
+        made = mean_dims(self, dim, keepdim, dtype=torch.float32)
+        return made if made is NotImplemented else made.to(dtype)
     return _reduced(self, dim, keepdim, dtype, dispatch.row_mean)
 
 
