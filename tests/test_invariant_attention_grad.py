@@ -80,3 +80,12 @@ def test_gradients_of_a_row_alone(dtype: torch.dtype, scratch: int, monkeypatch)
     for ours, theirs in zip(whole[0], gradients(slice(None)), strict=True):
         tolerance = 1e-5 if dtype == torch.float32 else 3e-2
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_gradients_lie_in_memory_as_torchs() -> None:
+    """Graphs that were compiled without the mode assert the strides."""
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    given = [torch.rand(2, 3, 5, 8) for _ in range(5)] + [torch.rand(2, 3, 5), 0.0, True]
+    wanted = [t.stride() for t in op(*given)]
+    with fxpass.batch_invariant_mode():
+        assert [t.stride() for t in op(*given)] == wanted

@@ -34,7 +34,7 @@ def flash_for_cpu_backward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Any:
-    """(grad_query, grad_key, grad_value)."""
+    """(grad_query, grad_key, grad_value), dense in torch's order: batch, length, head, dim."""
     if dropout_p or (is_causal and attn_mask is not None) or not fits(query, key, value, attn_mask):
         return NotImplemented
     if key.shape[1] != query.shape[1] or grad_out.dtype != query.dtype:
@@ -42,7 +42,7 @@ def flash_for_cpu_backward(
     saved = (grad_out, query, key, value, out, logsumexp)
     if is_traced():
         return _of_part(saved, attn_mask, is_causal, scale)
-    made = tuple(t.new_empty(t.shape) for t in (query, key, value))
+    made = tuple(torch.empty_permuted(t.shape, (0, 2, 1, 3), dtype=t.dtype) for t in saved[1:4])
     for part in _parts(query, key):
         mask = None if attn_mask is None else _cut(attn_mask, part)
         found = _of_part([t[part] for t in saved], mask, is_causal, scale)
