@@ -67,6 +67,10 @@ def _make_pass_class() -> type:
                 _refuse_for_hook(self.options)
             self.report = Report()
             lowering.register()
+            if self.options.batch_invariant:  # also for code from Inductor's cache
+                from fxpass.invariant import compiled
+
+                compiled.register()
 
         def __call__(self, graph: fx.Graph) -> None:
             with torch_private.inside_inductor():

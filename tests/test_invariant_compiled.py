@@ -203,3 +203,28 @@ def test_the_pass_alone_rewrites_what_reaches_it() -> None:
     with fxpass.install(batch_invariant=True, strict=True) as installed, torch.no_grad():
         torch.compile(lambda x: (x @ W.t()).mean(-1))(x)
     assert installed.report.invariant == {"fxpass.bi_matmul": 1, "fxpass.bi_row_mean": 1}
+
+
+def test_code_from_the_cache_of_another_process() -> None:
+    from torch._dynamo.utils import counters
+    from torch._inductor.select_algorithm import extern_kernels
+    from torch._inductor.utils import fresh_cache
+
+    from fxpass.invariant.compiled import register
+
+    def call(x):
+        return F.softmax(x @ W.t(), -1)
+
+    x = matrix(3, 64)
+    with torch.no_grad(), fresh_cache():
+        wanted = compiled(call)(x)
+        torch._dynamo.reset()
+        del extern_kernels.fxpass_invariant  # as in a process that has not compiled anything
+        register.cache_clear()
+        counters.clear()
+        assert torch.equal(compiled(call)(x), wanted)
+        hits = (
+            counters["aot_autograd"]["autograd_cache_hit"]
+            + counters["inductor"]["fxgraph_cache_hit"]
+        )
+        assert hits, "the cache is on"
