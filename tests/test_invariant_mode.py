@@ -298,3 +298,13 @@ def test_a_mean_is_rounded_once() -> None:
     with fxpass.batch_invariant_mode():
         out = torch.mean(x, 1, out=torch.empty(1, dtype=torch.bfloat16))
         assert out.item() == x.mean(1, dtype=torch.bfloat16).item() == 1.0078125
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_powers_of_strided_elements(dtype: torch.dtype) -> None:
+    x = torch.rand(1003).to(dtype)
+    with fxpass.batch_invariant_mode():
+        for exponent in (0, 0.5, 1, 2, 3, -0.5, 1.7):
+            whole = x**exponent
+            for part in (torch.stack([x, x], -1)[:, 0], x[1:], x[-1:]):
+                assert torch.equal(part**exponent, whole[-len(part) :]), exponent

@@ -27,6 +27,8 @@ an `alpha` other than one, since every addition would then cost a call of Python
 
 _VECTORS = 64
 """Elements: a multiple of what any machine's loop takes at once."""
+_MULTIPLIED = (0, 0.5, 1, 2, 3)
+"""Exponents for which torch multiplies or takes a root: the same in both loops."""
 _SHARE = 32_768
 """torch gives a thread at least so many elements (at::internal::GRAIN_SIZE)."""
 
@@ -90,6 +92,8 @@ def _whole_vectors(overload: Any, functional: Any) -> Operator:
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         tensors = [t for t in tensors if t.dim()] or tensors
         if not all(map(_takes, tensors)) or _is_whole(tensors, out):
+            return NotImplemented
+        if functional is aten.pow.Tensor_Scalar and args[1] in _MULTIPLIED:
             return NotImplemented
         made = _evaluate(functional, args, kwargs, tensors)
         if out is None or made is NotImplemented:

@@ -32,7 +32,8 @@ EXACT = frozenset(
     new_empty new_empty_strided new_full new_ones new_zeros nll_loss2d_forward
     nll_loss_forward nonzero normal_ one_hot ones ones_like pixel_shuffle rand rand_like
     randint randn randn_like random_ reflection_pad1d reflection_pad2d repeat
-    select_backward slice_backward
+    select_backward slice_backward squeeze_ transpose_ t_ unsqueeze_ unsafe_split
+    unsafe_split_with_sizes unsafe_chunk _prelu_kernel hardswish
     replication_pad1d replication_pad2d resize_ roll rot90 scalar_tensor scatter scatter_
     searchsorted select_scatter set_ slice_scatter sort stack topk tril tril_indices triu
     triu_indices uniform_ unique_consecutive upsample_nearest1d upsample_nearest2d where
