@@ -214,6 +214,12 @@ def test_beta_zero_does_not_read_the_bias():
     assert same((matmul(a, b, bias, beta=0.0), matmul(a, b)))
 
 
+def test_alpha_zero_does_not_read_the_operands():
+    a, b, bias = torch.full((2, 3), math.nan), torch.full((3, 4), math.inf), torch.rand(4)
+    assert torch.equal(matmul(a, b, bias, alpha=0.0, beta=2.0), (2 * bias).expand(2, 4))
+    assert torch.equal(matmul(a, b, alpha=0.0), torch.zeros(2, 4))
+
+
 def test_bias_of_batches():
     a, b = drawn(3, 5, 70, dtype=torch.float32), drawn(3, 70, 11, dtype=torch.float32)
     plain = matmul(a, b)

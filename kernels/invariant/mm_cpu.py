@@ -36,7 +36,7 @@ def matmul(
         a: (M, K) or (B, M, K), bf16, fp16, fp32 or fp64, any strides.
         b: (K, N) or (B, K, N) like `a`, same dtype, any strides.
         bias: Broadcasts to the output; any float dtype. Not read if `beta` is 0.
-        alpha: Factor of the product.
+        alpha: Factor of the product; `a` and `b` are not read if it is 0.
         beta: Factor of the bias.
         out_dtype: Of the output; None is that of `a`.
         tf32: Has no meaning on a CPU.
@@ -91,7 +91,7 @@ def product(
     written = made if (made == torch.float64) == (b.dtype == torch.float64) else wide(b.dtype)
     out = torch.empty((*batch, m, n), dtype=written)
     work = out.numel() * k
-    if work == 0:
+    if work == 0 or alpha == 0:  # as BLAS: the operands are not read, nor a NaN in them
         return _without_products(out, bias, beta).to(made)
     run = cpu_library.library("product", b.dtype)
     if run is None:
