@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from triton_offline import TARGETS, assert_machine_code, compiled, interpreting
+from triton_offline import (
+    TARGETS,
+    assert_machine_code,
+    compiled,
+    own_cache,  # noqa: F401 - a fixture
+)
+from triton_offline import interpreter as interpreted
 
 from fxpass.kernels.invariant import attention_gpu
 
@@ -16,20 +22,7 @@ WHOLE = (
 ).split()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def interpreter():
-    """Started before the first test here and looked at in the last."""
-    with interpreting("invariant_attention_interpreted.py") as started:
-        yield started
-        started.kill()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    before = triton.knobs.cache.dir
-    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-    yield
-    triton.knobs.cache.dir = before
+interpreter = interpreted("invariant_attention_interpreted.py")
 
 
 def built(lq, lk, head, dtype, target, causal=False, mask="none"):

@@ -1,14 +1,13 @@
 """Batch-invariant products without a GPU: meaning in the interpreter, machine code, chunks."""
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from triton_offline import interpreter as interpreted
+from triton_offline import own_cache  # noqa: F401 - a fixture
 
 from fxpass.kernels.invariant import chunks, mm_gpu, mm_launch
 from fxpass.kernels.invariant.mm_schedule import Device, Problem, Schedule, pick
@@ -33,28 +32,7 @@ ROWS = (1, 64, 128, 256, 512, 4096)
 SHAPES = ((4096, 4096), (4096, 6144), (4096, 151_936), (4096, 1024), (64, 64))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def interpreter():
-    """Every test of invariant_mm_interpreted.py, where Triton is imported as an interpreter."""
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-    with subprocess.Popen(
-        [*command, HERE / "invariant_mm_interpreted.py"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=HERE.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as started:
-        yield started
-        started.kill()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    before = triton.knobs.cache.dir
-    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-    yield
-    triton.knobs.cache.dir = before
+interpreter = interpreted("invariant_mm_interpreted.py")
 
 
 # ---- Which sums ----------------------------------------------------------------------------------

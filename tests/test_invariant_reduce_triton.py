@@ -3,7 +3,13 @@
 import re
 
 import pytest
-from triton_offline import TARGETS, assert_machine_code, compiled, interpreting
+from triton_offline import (
+    TARGETS,
+    assert_machine_code,
+    compiled,
+    own_cache,  # noqa: F401 - a fixture
+)
+from triton_offline import interpreter as interpreted
 
 from fxpass.kernels import gpu_rows
 from fxpass.kernels.invariant import reduce_gpu
@@ -28,20 +34,7 @@ KERNELS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def interpreter():
-    """Started before the first test here and looked at in the last."""
-    with interpreting("invariant_reduce_interpreted.py") as started:
-        yield started
-        started.kill()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    before = triton.knobs.cache.dir
-    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-    yield
-    triton.knobs.cache.dir = before
+interpreter = interpreted("invariant_reduce_interpreted.py")
 
 
 def built(name, size, target, dtype="bf16", **meta):

@@ -1,10 +1,7 @@
 """`triton.row`: its bits in Triton's interpreter, and what Triton compiles it to, without a GPU."""
 
 import inspect
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +9,8 @@ import pytest
 import torch
 from kernel_cases import LLAMA, SPECS, inputs
 from triton_cases import MORE_SPECS
+from triton_offline import interpreter as interpreted
+from triton_offline import own_cache  # noqa: F401 - a fixture
 
 from fxpass.kernels import triton_call, triton_row, triton_source, triton_words
 from fxpass.spec import NormSpec
@@ -25,34 +24,10 @@ TARGETS = [("cuda", 80, 32), H200, ("cuda", 100, 32), ("hip", "gfx942", 64), ("h
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def interpreter():
-    """Every test of triton_interpreted.py, where Triton is imported as an interpreter.
-
-    Started before the first test here and looked at in the last: it takes as long as the others.
-    """
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-    with subprocess.Popen(
-        [*command, HERE / "triton_interpreted.py"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=HERE.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as started:
-        yield started
-        started.kill()
+interpreter = interpreted("triton_interpreted.py")
 
 
 # ---- What it compiles to -------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    before = triton.knobs.cache.dir
-    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
-    yield
-    triton.knobs.cache.dir = before
 
 
 def compiled(spec: NormSpec, hidden: int, target=H200, rows: int | None = None, **options):

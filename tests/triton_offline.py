@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 HERE = Path(__file__).parent
 TARGETS = [
     ("cuda", 80, 32),
@@ -51,14 +53,35 @@ def assert_machine_code(found: Any, target: tuple[str, Any, int]) -> None:
         assert found.asm["ptx"]
 
 
-def interpreting(file: str) -> subprocess.Popen[str]:
-    """Start pytest on a file of this folder in a process that imports Triton as interpreter."""
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / file)
-    return subprocess.Popen(
-        command,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=HERE.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def interpreter(file: str) -> Any:
+    """A module's fixture: pytest on a file of this folder, in a process that interprets Triton.
+
+    Started before the first test of the module; a test that asks for it waits for the end.
+    """
+
+    @pytest.fixture(scope="module", autouse=True, name="interpreter")
+    def running():
+        command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / file)
+        with subprocess.Popen(
+            command,
+            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            cwd=HERE.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as started:
+            yield started
+            started.kill()
+
+    return running
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """For modules that import it: Triton compiles anew, whatever earlier runs have kept."""
+    import triton
+
+    before = triton.knobs.cache.dir
+    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+    yield
+    triton.knobs.cache.dir = before
