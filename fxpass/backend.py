@@ -36,19 +36,29 @@ def rmsnorm_backend(
     patches = {**torch_private.mode_patches(mode), **inductors}
     patches[HOOK] = with_existing(rms_pass, patches.get(HOOK))
     if ours.numerics == "eager":
-        patches["emulate_precision_casts"] = True
+        _pin(patches, {"emulate_precision_casts": True}, "numerics='eager'")
     tracing: AbstractContextManager[Any] = nullcontext()
     if ours.batch_invariant:
         from fxpass.invariant import compiled  # registers operators
 
-        patches.update(compiled.flags())
+        _pin(patches, compiled.flags(), "batch_invariant")
         tracing = compiled.tracing()
-    key = remembered.key_of(graph_module, example_inputs, rms_pass.uuid() + repr(sorted(inductors)))
+    key = remembered.key_of(graph_module, example_inputs, rms_pass.uuid())
     watch = _Watch(rms_pass)
     with tracing as table:
         made = torch_private.compile_fx(graph_module, example_inputs, patches, watch.look, table)
     _check_expected(ours, _kept_or_recalled(key, watch.report))
     return made
+
+
+def _pin(patches: dict[str, Any], flags: Mapping[str, Any], what: str) -> None:
+    """Put Inductor settings that an option of ours needs beside the user's own."""
+    for name, value in flags.items():
+        if patches.get(name, value) != value:
+            raise OptionsError(
+                f"options: {what} needs {name}={value!r}, found {patches[name]!r}; leave one out"
+            )
+    patches.update(flags)
 
 
 class _Watch:

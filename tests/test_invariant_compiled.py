@@ -228,3 +228,11 @@ def test_code_from_the_cache_of_another_process() -> None:
             + counters["inductor"]["fxgraph_cache_hit"]
         )
         assert hits, "the cache is on"
+
+
+@pytest.mark.parametrize("option", ["numerics", "batch_invariant"])
+def test_a_setting_that_an_option_needs_is_not_overridden(option: str) -> None:
+    options = {option: "eager" if option == "numerics" else True, "emulate_precision_casts": False}
+    call = torch.compile(torch.relu, backend=fxpass.rmsnorm_backend, options=options)
+    with pytest.raises(Exception, match="needs emulate_precision_casts=True, found False"):
+        call(torch.ones(3))
