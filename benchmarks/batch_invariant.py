@@ -1,13 +1,14 @@
 """Batch-invariant matrix products on a GPU, microseconds a call, beside cuBLAS in the same run.
 
-    python benchmarks/batch_invariant_mm.py --out build/bench    # about 60 s on an H200
-    python benchmarks/batch_invariant_mm.py --device cpu --tiny  # only lists the points
+    python benchmarks/batch_invariant.py --out build/bench    # about 60 s on an H200
+    python benchmarks/batch_invariant.py --device cpu --tiny  # only lists the points
 
 Medians of CUDA-graph replays, all columns of a point in turns; weights rotate over more than the L2
 holds, so that decode reads them from memory. Before anything is timed, the rows of every count are
 compared with those of one row, bit by bit: a difference ends the run with exit code 1. `persistent`
 is the plain persistent Triton kernel of the public batch-invariant libraries: tiles of 128 x 128,
 64 of K at a time, whatever the number of rows. `of_cublas` is cuBLAS's time over the column's.
+Whole models in the mode are a column of `model.py`.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace, budget: Budget) -> tuple[Recorder, bool]:
     filled = gpu_fill.fill(gpu_fill.workers(args, 12), 0.4 * args.budget, args.out / "mm_fill.log")
     print(f"caches: {filled}", file=sys.stderr, flush=True)
     warm_up("cuda")
-    recorder = Recorder(args.out, "batch_invariant_mm", header(args))
+    recorder = Recorder(args.out, "mm", header(args))
     recorder.about["rows_that_differ"] = wrong = {}
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     for k, n in SHAPES:
