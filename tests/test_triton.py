@@ -59,7 +59,7 @@ def assert_machine_code(found, target):
     backend, arch, wave = target
     if backend == "hip":
         assert found.asm["hsaco"].startswith(b"\x7fELF")
-        assert f'"amdgcn-amd-amdhsa--{arch}"' in found.asm["amdgcn"]
+        assert re.search(rf'amdgcn_target "[^"]*-{arch}"', found.asm["amdgcn"])
         assert f".wavefront_size: {wave}" in found.asm["amdgcn"]
     else:
         assert found.asm["ptx"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ def assert_machine_code(found: Any, target: tuple[str, Any, int]) -> None:
     backend, arch, _ = target
     if backend == "hip":
         assert found.asm["hsaco"].startswith(b"\x7fELF")
-        assert f'"amdgcn-amd-amdhsa--{arch}"' in found.asm["amdgcn"]
+        assert re.search(rf'amdgcn_target "[^"]*-{arch}"', found.asm["amdgcn"])
     else:
         assert found.asm["ptx"]
 
