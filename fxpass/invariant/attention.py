@@ -35,8 +35,17 @@ def like_query(out: Tensor, query: Tensor) -> Tensor:
     return out if as_is and not heads_first else out.contiguous()
 
 
-def fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether the kernel takes these tensors, and torch would."""
+def fits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+) -> bool:
+    """Whether the kernel takes these arguments, and torch would."""
+    if dropout_p or (is_causal and mask is not None):
+        return False
     tensors = (query, key, value)
     if any(t.dim() != 4 or not dispatch.takes(t, product=True) or is_empty(t) for t in tensors):
         return False
@@ -70,7 +79,7 @@ def flash_for_cpu(
     scale: float | None = None,
 ) -> Any:
     """(out, logsumexp (B, H, L))."""
-    if dropout_p or (is_causal and attn_mask is not None) or not fits(query, key, value, attn_mask):
+    if not fits(query, key, value, attn_mask, dropout_p, is_causal):
         return NotImplemented
     out, lse = attend(query, key, value, attn_mask, is_causal, scale)
     return like_query(out, query), lse
@@ -88,7 +97,7 @@ def efficient(
     scale: float | None = None,
 ) -> Any:
     """(out, padded logsumexp, seed, offset)."""
-    if dropout_p or (is_causal and attn_bias is not None) or not fits(query, key, value, attn_bias):
+    if not fits(query, key, value, attn_bias, dropout_p, is_causal):
         return NotImplemented
     out, lse = attend(query, key, value, attn_bias, is_causal, scale)
     seed = torch.zeros((), dtype=torch.long, device=query.device)
@@ -114,7 +123,7 @@ def flash(
     scale: float | None = None,
 ) -> Any:
     """(out, logsumexp, None, None, max_q, max_k, rng state, unused, debug mask)."""
-    if dropout_p or return_debug_mask or not fits(query, key, value, None):
+    if return_debug_mask or not fits(query, key, value, None, dropout_p):
         return NotImplemented
     out, lse = attend(query, key, value, None, is_causal, scale)
     state = torch.zeros(2, dtype=torch.uint64, device=query.device)
@@ -140,11 +149,9 @@ def cudnn(
 
     Only without logsumexp: cuDNN's backward needs what cuDNN's own forward saved.
     """
-    if compute_log_sumexp or dropout_p or return_debug_mask:
+    if compute_log_sumexp or return_debug_mask:
         return NotImplemented
-    if is_causal and attn_bias is not None:
-        return NotImplemented
-    if not fits(query, key, value, attn_bias):
+    if not fits(query, key, value, attn_bias, dropout_p, is_causal):
         return NotImplemented
     out, lse = attend(query, key, value, attn_bias, is_causal, scale)
     seed = torch.zeros((), dtype=torch.long, device=query.device)

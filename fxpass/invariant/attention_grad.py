@@ -35,7 +35,7 @@ def flash_for_cpu_backward(
     scale: float | None = None,
 ) -> Any:
     """(grad_query, grad_key, grad_value), dense in torch's order: batch, length, head, dim."""
-    if dropout_p or (is_causal and attn_mask is not None) or not fits(query, key, value, attn_mask):
+    if not fits(query, key, value, attn_mask, dropout_p, is_causal):
         return NotImplemented
     if key.shape[1] != query.shape[1] or grad_out.dtype != query.dtype:
         return NotImplemented

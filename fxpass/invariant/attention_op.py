@@ -40,11 +40,9 @@ def scaled_dot_product(
     """
     if torch_dispatcher.is_transformed():
         return NotImplemented
-    if dropout_p or (is_causal and attn_mask is not None):
-        return NotImplemented
     if query.dim() != 4 or not (enable_gqa or query.shape[1] == key.shape[1]):
         return NotImplemented
-    if not fits(query, key, value, attn_mask):
+    if not fits(query, key, value, attn_mask, dropout_p, is_causal):
         return NotImplemented
     out = OPERATOR(query, key, value, attn_mask, is_causal, scale)[0]
     return like_query(out, query) if query.device.type == "cpu" else out
