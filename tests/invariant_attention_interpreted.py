@@ -55,7 +55,7 @@ def _short_chunks(monkeypatch):
 @pytest.fixture
 def use(monkeypatch):
     def force(name):
-        monkeypatch.setattr(attention_gpu, "schedule", lambda q, k, head: SCHEDULES[name])
+        monkeypatch.setattr(attention_gpu, "schedule", lambda *_: SCHEDULES[name])
 
     return force
 

@@ -1,5 +1,7 @@
 """Attention without a GPU: its bits in Triton's interpreter, and what it compiles to."""
 
+import re
+
 import pytest
 import torch
 from triton_offline import (
@@ -15,6 +17,7 @@ from fxpass.kernels.invariant import attention_gpu
 triton = pytest.importorskip("triton")
 
 H200 = TARGETS[1]
+BF16 = torch.bfloat16
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 WHOLE = (
     "rows lq lk heads group mask_batch mask_head mask_row mask_col out_batch out_head out_row"
@@ -109,6 +112,26 @@ def test_matrix_instructions():
     assert "mma.sync" in decode
     assert "tf32" not in single
     assert "mma" not in single
+
+
+@pytest.mark.parametrize("target", [*TARGETS[:2], TARGETS[3]], ids=lambda target: str(target[1]))
+def test_a_mask_changes_no_order_of_k(target):
+    """What a matrix instruction adds at once follows kWidth, which Triton takes from loads."""
+    widths = [
+        set(re.findall(r"kWidth = \d+", built(1, 600, 64, BF16, target, False, mask).asm["ttgir"]))
+        for mask in ("none", "bool", "add")
+    ]
+    assert len(widths[0]) == 1
+    assert widths[1:] == widths[:1] * 2
+
+
+def test_one_instruction_where_tiles_would_choose_it():
+    """Blackwell has one instruction for large tiles and another for small ones."""
+    for lq, lk in ((1, 5000), (40, 100), (1024, 1024)):
+        q, k = (torch.empty(2, heads, size, 128, dtype=BF16, device="meta")
+                for heads, size in ((32, lq), (8, lk)))  # fmt: skip
+        assert attention_gpu.schedule(q, k, 128, major=10).block_m == 128
+        assert attention_gpu.schedule(q, k, 128, major=12) == attention_gpu.schedule(q, k, 128)
 
 
 def test_bits_in_the_interpreter(interpreter):

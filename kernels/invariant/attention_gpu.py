@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fxpass.kernels.invariant.mm_plan import device_of
 from fxpass.kernels.invariant.triton_launch import launch
 
 Tensor = torch.Tensor
@@ -44,14 +45,19 @@ class Schedule(NamedTuple):
     """Whether each chunk is a program of its own."""
 
 
-def schedule(q: Tensor, k: Tensor, head: int) -> Schedule:
-    """For q (B, Hq, Lq, D) and k (B, Hkv, Lk, D); head: the larger of D and v's."""
+def schedule(q: Tensor, k: Tensor, head: int, major: int = 9) -> Schedule:
+    """For q (B, Hq, Lq, D) and k (B, Hkv, Lk, D); head: the larger of D and v's.
+
+    major: of an NVIDIA GPU's compute capability. 10 and 11 have one tile, since tcgen05 computes
+    large ones and mma small ones; elsewhere the bits of all tiles agree (measured on an H200).
+    """
     batch, heads, lq, _ = q.shape
     group = heads // k.shape[1]
     most = 32 if q.dtype == torch.float32 else 64 if head > 128 else 128
     pack = group if lq < most else 1
     rows = pack * lq
-    block_m = next(size for size in (16, 32, 64, 128) if size >= min(rows, most))
+    least = most if major in (10, 11) else min(rows, most)
+    block_m = next(size for size in (16, 32, 64, 128) if size >= least)
     tiles = batch * (heads // pack) * -(-rows // block_m)
     split = rows <= 128 and tiles < _PROGRAMS_WANTED and k.shape[2] > CHUNK
     warps = 8 if block_m == 128 or (block_m == 64 and head > 128) else 4
@@ -94,7 +100,7 @@ def attention(
     if not lse.numel():
         return out, lse
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    found = schedule(q, k, max(head, wide))
+    found = schedule(q, k, max(head, wide), device_of(q.get_device()).major)
     scale = head**-0.5 if scale is None else scale
     if found.split:
         rows, chunks = lse.numel(), -(-lk // CHUNK)

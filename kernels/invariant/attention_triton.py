@@ -102,7 +102,9 @@ def _walk(
                 mask[:, None] + n.to(tl.int64)[None, :] * mask_col, mask=there[None, :], other=0
             )
             if MASK == "bool":
-                seen = seen & (told != 0)
+                # Triton orders k inside a matrix instruction by the narrowest load that it finds
+                # behind an operand; it does not look behind a reduction.
+                seen = seen & (tl.max(told[:, :, None].to(tl.int32), axis=2) != 0)
             else:
                 told = told.to(tl.float32)
                 seen = seen & (told != low)
