@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +15,15 @@ import torch
 
 from fxpass.kernels import cuda_build, cuda_driver, cuda_source, gpu_rows, steps
 from fxpass.kernels.build_cache import Once
+from fxpass.kernels.cuda_launch import Prepared, empty_strided
 from fxpass.kernels.cuda_source import Schedule
 from fxpass.kernels.gpu_call import PLANS_MOST, addressed, check
 from fxpass.spec import NormSpec
 
 Tensor = torch.Tensor
 
-_POINTERS = struct.Struct("7Q")  # FxArgs of cuda_row.h: pointers, then the rest
-_REST = struct.Struct("8qfI")
+_ARGUMENTS = struct.Struct("7Q8qfI")
+"""FxArgs of cuda_row.h, one parameter: seven pointers, then what follows from the shapes."""
 _WIDE = 16  # bytes of one access
 
 
@@ -44,7 +44,6 @@ class RowKernel:
         self._plans: dict[Any, _Plan] = {}
         dtypes = {"out": spec.out, "sum": spec.normed, "row": spec.row_dtype}
         self._made = [dtypes.get(name) if name in spec.outputs else None for name in dtypes]
-        self._empty = _allocator(device)
 
     def prepare(self) -> None:
         """Build the schedules for one, few, some and many rows. Raises BuildError."""
@@ -91,7 +90,7 @@ class RowKernel:
             x = x.contiguous()
             residual = None if residual is None else residual.contiguous()
         made = [
-            None if dtype is None else self._empty(*plan.outputs[index], dtype)
+            None if dtype is None else empty_strided(self._device, *plan.outputs[index], dtype)
             for index, dtype in enumerate(self._made)
         ]
         if plan.rows:
@@ -121,75 +120,50 @@ class RowKernel:
             misaligned |= step * itemsizes[index // 2]
         factor_rows = [1 if t is None else t.numel() // self._hidden for t in (weight, bias)]
         arguments = (rows.count, rows.inner, *strided, *factor_rows, steps.single(eps))
-        schedule = self._schedule(self._spec, self._hidden, rows.count)
-        plan = _Plan(self.kernel(schedule), schedule, arguments, misaligned % _WIDE == 0)
-        plan.copies, plan.rows = copies, rows.count
-        plan.outputs = _outputs(x.shape)
-        if self._capability >= (9, 0):
-            plan.overlap()
+        narrow, wide = (self._launch(arguments, wide and misaligned % _WIDE == 0)
+                        for wide in (False, True))  # fmt: skip
+        plan = _Plan(narrow, wide, rows.count, copies, _outputs(x.shape))
         if len(self._plans) >= PLANS_MOST:
             self._plans.clear()
         self._plans[key] = plan
         return plan
 
+    def _launch(self, arguments: tuple[Any, ...], wide: bool) -> Prepared:
+        """With `arguments` after the pointers; wide: whether to read _WIDE bytes at a time."""
+        schedule = self._schedule(self._spec, self._hidden, arguments[0])
+        kernel = self.kernel(schedule).value
+        assert kernel is not None
+        return Prepared(
+            kernel,
+            (-(-arguments[0] // schedule.rows), 1, 1),
+            schedule.threads * schedule.rows,
+            _ARGUMENTS,
+            (0,),
+            (*arguments, wide),
+            overlap=self._capability >= (9, 0),
+        )
+
 
 class _Plan:
-    """One launch, complete but for its pointers and stream."""
-
-    copies = False
-    rows = 0
-    outputs: tuple[tuple[Any, Any], ...] = ()
-    """Size and stride of out, sum and row."""
+    """The launches for tensors whose addresses are multiples of _WIDE, and for others."""
 
     def __init__(
         self,
-        kernel: ctypes.c_void_p,
-        schedule: Schedule,
-        arguments: tuple[Any, ...],
-        aligned: bool,
+        narrow: Prepared,
+        wide: Prepared,
+        rows: int,
+        copies: bool,
+        outputs: tuple[tuple[Any, Any], ...],
     ) -> None:
-        self._kernel = kernel.value
-        self._rest = {wide: _REST.pack(*arguments, wide) for wide in (False, True)}
-        self._aligned = aligned
-        self._config = cuda_driver.Config(
-            grid_x=-(-arguments[0] // schedule.rows), grid_y=1, grid_z=1,
-            block_x=schedule.threads * schedule.rows, block_y=1, block_z=1,
-        )  # fmt: skip
-        self._buffer = ctypes.create_string_buffer(_POINTERS.size + _REST.size)
-        self._rest_address = ctypes.addressof(self._buffer) + _POINTERS.size
-        self._wide: bool | None = None
-        self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
-        self._addresses = (ctypes.addressof(self._config), ctypes.addressof(self._parameters))
-        self._lock = threading.Lock()
-        self._go = cuda_driver.launcher()
-
-    def overlap(self) -> None:
-        """Let the kernel start while the one before it still runs."""
-        cuda_driver.overlap(self._config)
+        """outputs: size and stride of out, sum and row."""
+        self._narrow, self._wide = narrow, wide
+        self.rows, self.copies, self.outputs = rows, copies, outputs
 
     def launch(self, tensors: tuple[Tensor | None, ...], device: int) -> None:
         """x, residual, weight, bias, out, sum, row; on the device's current stream."""
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         bits = pointers[0] | pointers[1] | pointers[2] | pointers[3]
-        wide = self._aligned and bits % _WIDE == 0
-        config, parameters = self._addresses
-        with self._lock:  # the buffer and the configuration belong to every thread's calls
-            if wide is not self._wide:
-                ctypes.memmove(self._rest_address, self._rest[wide], _REST.size)
-                self._wide = wide
-            _POINTERS.pack_into(self._buffer, 0, *pointers)
-            self._config.stream = _stream(device)
-            status = self._go(config, self._kernel, parameters, None)
-            if status == cuda_driver.INVALID_CONTEXT:
-                cuda_driver.make_current(device)
-                status = self._go(config, self._kernel, parameters, None)
-        if status:
-            cuda_driver.check(status, "cuLaunchKernelEx")
-
-
-def _stream(device: int) -> int:
-    """The device's current stream, as Inductor gets it (1 us less than in public)."""
-    return int(torch._C._cuda_getCurrentRawStream(device))
+        (self._narrow if bits % _WIDE else self._wide)(device, *pointers)
 
 
 def _outputs(shape: Any) -> tuple[tuple[Any, Any], ...]:
@@ -199,15 +173,3 @@ def _outputs(shape: Any) -> tuple[tuple[Any, Any], ...]:
         (full, gpu_rows.dense(full)),
         (single, gpu_rows.dense(single)),
     )
-
-
-def _allocator(device: int) -> Callable[..., Tensor]:
-    """(size, stride, dtype) -> tensor on the current device, which the caller has set."""
-    try:
-        from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
-    except ImportError:
-        return lambda size, stride, dtype: torch.empty_strided(
-            size, stride, dtype=dtype, device=f"cuda:{device}"
-        )
-    fast: Callable[..., Tensor] = _empty_strided_cuda
-    return fast

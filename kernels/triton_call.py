@@ -1,26 +1,23 @@
 """A callable for the Triton row kernel of one spec: tensors in, tensors out.
 
-Host time matters at decode sizes. What follows from shapes and strides is worked out once and kept.
-Triton finds the compiled kernel for each call's arguments again, by their types, alignment and
-values; the first call of a plan is launched like that, and what it returns is launched directly
-from then on, with addresses for tensors.
+Host time matters at decode sizes: what follows from shapes and strides is worked out once and kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
-from fxpass.kernels import triton_source
+from fxpass.kernels import gpu_rows, triton_source
+from fxpass.kernels.cuda_launch import empty_strided, on_device
 from fxpass.kernels.gpu_call import PLANS_MOST, addressed, check
+from fxpass.kernels.steps import single
+from fxpass.kernels.triton_launch import ALIGNED, Launch
 from fxpass.spec import NormSpec
 
 Tensor = torch.Tensor
-
-_ALIGNED = 16  # bytes: what Triton compiles pointers for
 
 
 class Compiled(NamedTuple):
@@ -54,7 +51,13 @@ class RowCall:
         eps: float,
     ) -> Any:
         """Shapes as in `contract.Launch`."""
+        given = [t for t in (x, residual, weight, bias) if t is not None]
+        at = 0
+        for tensor in given:
+            at |= tensor.data_ptr()
         key = (
+            at % ALIGNED,
+            eps,
             x.get_device(),
             x.dtype,
             x.shape,
@@ -65,28 +68,30 @@ class RowCall:
         )
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._planned(x, residual, weight, bias)
+            plan = self._planned(x, residual, weight, bias, eps, at % ALIGNED == 0)
             if len(self._plans) >= PLANS_MOST:
                 self._plans.clear()
             self._plans[key] = plan
-        if plan.copies:
-            x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-        made = [
-            torch.empty(
-                (*x.shape[:-1], 1) if name == "row" else x.shape,
-                dtype=self._dtypes[name],
-                device=x.device,
-            )
-            for name in self._spec.outputs
-        ]
-        if x.numel():
-            shared = [t.contiguous() for t in (weight, bias) if t is not None]
-            inputs = [x] if residual is None else [x, residual]
-            plan.launch([*inputs, *shared, *made], (float(eps),) if self._spec.has_eps else ())
+        with on_device(plan.device):
+            made = [empty_strided(plan.device, *output) for output in plan.outputs]
+            if plan.launch is not None:
+                # Only x and residual may have other strides, if their rows can be addressed.
+                rows = 1 if residual is None else 2
+                given = [
+                    t if index < rows and not plan.copies else t.contiguous()
+                    for index, t in enumerate(given)
+                ]
+                plan.launch(plan.device, [*given, *made])
         return made[0] if len(made) == 1 else tuple(made)
 
     def _planned(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        aligned: bool,
     ) -> _Plan:
         """Check the tensors, and work out the launch for others like them."""
         check(self._spec, x.shape[-1], str(x.device), x, residual, weight, bias)
@@ -98,59 +103,35 @@ class RowCall:
         for name, shared in (("weight", weight), ("bias", bias)):
             if shared is not None:
                 found[f"{name}_rows"] = shared.numel() // x.shape[-1]
+        outputs = []
+        for name in self._spec.outputs:
+            shape = (*x.shape[:-1], 1) if name == "row" else tuple(x.shape)
+            outputs.append((shape, gpu_rows.dense(shape), self._dtypes[name]))
+        if not x.numel():
+            return _Plan(None, x.get_device(), copies, outputs)
         chosen = self._choose(x.shape[-1], rows.count)
-        programs = -(-rows.count // chosen.rows_per_program)
-        integers = tuple(found[name] for name in self._integers)
-        return _Plan(chosen, programs, integers, x.get_device(), copies, _is_reusable(x))
+        launch = Launch(
+            chosen.kernel,
+            (-(-rows.count // chosen.rows_per_program),),
+            [*(found[name] for name in self._integers), *([single(eps)] * self._spec.has_eps)],
+            {},
+            {"num_warps": chosen.warps},
+            aligned=aligned,
+        )
+        return _Plan(launch, x.get_device(), copies, outputs)
 
 
-class _Plan:
-    """One launch, complete but for its tensors and eps."""
+class _Plan(NamedTuple):
+    """What follows from the shapes, strides, dtypes and alignment of tensors."""
 
-    def __init__(
-        self,
-        chosen: Compiled,
-        programs: int,
-        integers: tuple[int, ...],
-        device: int,
-        copies: bool,
-        reusable: bool,
-    ) -> None:
-        self.copies = copies
-        self._chosen, self._grid, self._integers = chosen, (programs, 1, 1), integers
-        self._device, self._reusable = device, reusable
-        self._again: Callable[..., Any] | None = None
-
-    def launch(self, tensors: list[Tensor], eps: tuple[float, ...]) -> None:
-        """On the current stream of the tensors' device."""
-        here = self._device < 0 or torch.cuda.current_device() == self._device
-        with nullcontext() if here else torch.cuda.device(self._device):
-            if not self._reusable:
-                self._first(tensors, eps)
-                return
-            pointers = [tensor.data_ptr() for tensor in tensors]
-            if any(pointer % _ALIGNED for pointer in pointers):
-                self._first(tensors, eps)
-            elif self._again is not None:
-                self._again(*pointers, *self._integers, *eps)
-            else:
-                compiled = self._first(tensors, eps)
-                if hasattr(compiled, "__getitem__"):
-                    self._again = compiled[self._grid]
-
-    def _first(self, tensors: list[Tensor], eps: tuple[float, ...]) -> Any:
-        kernel, _, warps = self._chosen
-        return kernel[self._grid](*tensors, *self._integers, *eps, num_warps=warps)
+    launch: Launch | None
+    """None if there are no elements."""
+    device: int
+    copies: bool
+    outputs: list[tuple[Any, ...]]
+    """Size, stride and dtype of each."""
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
     """All that `check` looks at, so that only a new plan has to be checked."""
     return tensor.get_device(), tensor.dtype, tensor.shape
-
-
-def _is_reusable(x: Tensor) -> bool:
-    """Whether equal shapes, dtypes and alignment mean the same compiled kernel.
-
-    For AMD GPUs Triton also looks at the size of the memory that a tensor is a view of.
-    """
-    return x.is_cuda and torch.version.hip is None

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fxpass.kernels.invariant import attention_gpu
+from fxpass.kernels.invariant import attention_gpu, attention_plan
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -73,11 +73,17 @@ def attend(q, k, v, mask=None, **named):
 
 
 SCHEDULES = {
-    "single": attention_gpu.Schedule(1, 16, 4, 1, False),
-    "packed": attention_gpu.Schedule(4, 16, 4, 2, False),
-    "tall": attention_gpu.Schedule(1, 64, 4, 2, False),
-    "packed_tall": attention_gpu.Schedule(4, 128, 8, 2, False),
-    "split": attention_gpu.Schedule(1, 32, 4, 2, True),
-    "packed_split": attention_gpu.Schedule(4, 16, 2, 3, True),
+    "single": attention_plan.Schedule(1, 16, 4, 1, False),
+    "packed": attention_plan.Schedule(4, 16, 4, 2, False),
+    "tall": attention_plan.Schedule(1, 64, 4, 2, False),
+    "packed_tall": attention_plan.Schedule(4, 128, 8, 2, False),
+    "split": attention_plan.Schedule(1, 32, 4, 2, True),
+    "packed_split": attention_plan.Schedule(4, 16, 2, 3, True),
 }
 """For groups of 4 heads."""
+
+
+def use(monkeypatch, chosen):
+    """Take this schedule for every attention."""
+    monkeypatch.setattr(attention_plan, "schedule", lambda *_: chosen)
+    monkeypatch.setattr(attention_gpu, "_plans", {})

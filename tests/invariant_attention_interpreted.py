@@ -6,13 +6,14 @@ TRITON_INTERPRET=1 must be set before Triton is imported.
 
 import math
 
+import invariant_attention_cases as cases
 import numpy as np
 import pytest
 import torch
 from invariant_attention_cases import FLOATS, SCHEDULES, assert_close, attend, given, meaning, same
 from triton_cases import interpreted
 
-from fxpass.kernels.invariant import attention_gpu
+from fxpass.kernels.invariant import attention_gpu, attention_plan
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning"),
@@ -49,13 +50,14 @@ def _wide(handle):
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch):
     """Two or four blocks in a chunk, so that few keys make several chunks."""
-    monkeypatch.setattr(attention_gpu, "CHUNK", 128)
+    monkeypatch.setattr(attention_plan, "CHUNK", 128)
+    monkeypatch.setattr(attention_gpu, "_plans", {})
 
 
 @pytest.fixture
 def use(monkeypatch):
     def force(name):
-        monkeypatch.setattr(attention_gpu, "schedule", lambda *_: SCHEDULES[name])
+        cases.use(monkeypatch, SCHEDULES[name])
 
     return force
 

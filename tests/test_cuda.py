@@ -26,6 +26,7 @@ from fxpass.kernels import (
     cuda_build,
     cuda_call,
     cuda_driver,
+    cuda_launch,
     cuda_row,
     cuda_source,
     gpu_rows,
@@ -238,13 +239,14 @@ def launches(monkeypatch) -> Iterator[list[Launched]]:
     monkeypatch.setattr(cuda_driver, "launcher", lambda: note)
     monkeypatch.setattr(cuda_call.RowKernel, "kernel", kernel)
     monkeypatch.setattr(cuda_call, "check", lambda *_: None)
-    monkeypatch.setattr(cuda_call, "_stream", lambda device: 77)
-    monkeypatch.setattr(cuda_call, "_allocator", lambda device: _empty)
+    monkeypatch.setattr(cuda_launch, "stream", lambda device: 77)
+    monkeypatch.setattr(cuda_call, "empty_strided", _empty)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     return notes
 
 
-def _empty(size, stride, dtype) -> torch.Tensor:
+def _empty(device, size, stride, dtype) -> torch.Tensor:
+    assert device == 0
     return torch.empty_strided(size, stride, dtype=dtype)
 
 
@@ -261,11 +263,10 @@ def call(given: Inputs, spec: NormSpec) -> tuple[torch.Tensor, ...]:
 def test_arguments_have_the_layout_of_the_struct():
     struct = fx_args()
     kinds = {ctypes.c_void_p: "Q", ctypes.c_int64: "q", ctypes.c_float: "f", ctypes.c_uint32: "I"}
-    formats = cuda_call._POINTERS.format + cuda_call._REST.format
-    wanted = re.sub(r"(\d+)(\w)", lambda match: int(match[1]) * match[2], formats)
+    layout = cuda_call._ARGUMENTS
+    wanted = re.sub(r"(\d+)(\w)", lambda match: int(match[1]) * match[2], layout.format)
     assert "".join(kinds[kind] for _, kind in struct._fields_) == wanted
-    assert ctypes.sizeof(struct) == cuda_call._POINTERS.size + cuda_call._REST.size
-    assert struct.rows.offset == cuda_call._POINTERS.size
+    assert ctypes.sizeof(struct) == layout.size
 
 
 def test_every_argument_is_in_its_place(launches):

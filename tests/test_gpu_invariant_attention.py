@@ -6,9 +6,16 @@ import math
 
 import pytest
 import torch
-from invariant_attention_cases import FLOATS, SCHEDULES, assert_close, attend, given, meaning, same
-
-from fxpass.kernels.invariant import attention_gpu
+from invariant_attention_cases import (
+    FLOATS,
+    SCHEDULES,
+    assert_close,
+    attend,
+    given,
+    meaning,
+    same,
+    use,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,7 +57,7 @@ def test_schedules_change_no_bit(
         if dtype == torch.float32 and schedule.block_m > 64:
             continue
         chosen = schedule._replace(stages=1) if head == 256 else schedule
-        monkeypatch.setattr(attention_gpu, "schedule", lambda *_, chosen=chosen: chosen)
+        use(monkeypatch, chosen)
         found = attend(q, k, v, causal=head == 64)
         wanted = found if wanted is None else wanted
         assert same(found, wanted), name

@@ -23,7 +23,9 @@ MODULES = """
     kernels.steps kernels.gpu_rows kernels.gpu_contract kernels.gpu_call kernels.inductor
     kernels.build_cache kernels.c_struct
     kernels.cpu_source kernels.cpu_build kernels.cpu_call kernels.cpu
-    kernels.cuda_source kernels.cuda_build kernels.cuda_driver kernels.cuda_call kernels.cuda_row
+    kernels.cuda_source kernels.cuda_build kernels.cuda_driver kernels.cuda_launch kernels.cuda_call
+    kernels.cuda_row
+    kernels.triton_direct kernels.triton_launch
     kernels.triton_tiles kernels.triton_words kernels.triton_source kernels.triton_call
     kernels.triton_row
     kernels.aiter_api kernels.aiter
@@ -33,10 +35,13 @@ MODULES = """
     kernels.invariant.mm_cpu kernels.invariant.reduce_plain kernels.invariant.reduce_cpu
     kernels.invariant.attention_cpu
     kernels.invariant.chunks kernels.invariant.mm_triton kernels.invariant.mm_schedule
-    kernels.invariant.mm_launch kernels.invariant.mm_plan kernels.invariant.mm_gpu
-    kernels.invariant.triton_launch kernels.invariant.triton_math
-    kernels.invariant.reduce_triton kernels.invariant.scan_triton kernels.invariant.reduce_gpu
-    kernels.invariant.attention_triton kernels.invariant.attention_gpu
+    kernels.invariant.tensor_map kernels.invariant.mm_launch kernels.invariant.mm_plan
+    kernels.invariant.mm_gpu
+    kernels.invariant.triton_math
+    kernels.invariant.reduce_triton kernels.invariant.scan_triton kernels.invariant.reduce_plan
+    kernels.invariant.reduce_gpu
+    kernels.invariant.attention_triton kernels.invariant.attention_plan
+    kernels.invariant.attention_gpu
     kernels.invariant.dispatch
     platforms fusable layout copies select traffic plan ops
     fused lowering
@@ -83,8 +88,9 @@ PRIVATE_TORCH: dict[str, set[str] | None] = {
     # Saves 1.5 us a call, has a public fallback, and kernels do not import the pass.
     "kernels.cpu_call": {"torch._C._dynamo.guards._empty_strided_cpu"},
     # What Inductor's own launches use; the public stream object costs 1 us more.
-    "kernels.cuda_call": {
+    "kernels.cuda_launch": {
         "torch._C._cuda_getCurrentRawStream",
+        "torch._C._cuda_getDevice",
         "torch._C",
         "torch._C._dynamo.guards._empty_strided_cuda",
     },

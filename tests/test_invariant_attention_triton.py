@@ -12,7 +12,7 @@ from triton_offline import (
 )
 from triton_offline import interpreter as interpreted
 
-from fxpass.kernels.invariant import attention_gpu
+from fxpass.kernels.invariant import attention_plan
 
 triton = pytest.importorskip("triton")
 
@@ -34,16 +34,16 @@ def built(lq, lk, head, dtype, target, causal=False, mask="none"):
 
     q, k = (torch.empty(2, heads, size, head, dtype=dtype, device="meta")
             for heads, size in ((32, lq), (8, lk)))  # fmt: skip
-    found = attention_gpu.schedule(q, k, head)
+    found = attention_plan.schedule(q, k, head)
     constants = {
         "PACK": found.pack,
         "BLOCK_M": found.block_m,
-        "LEVELS": attention_gpu.block_n(head, dtype).bit_length() - 1,
-        "CHUNK": attention_gpu.CHUNK,
+        "LEVELS": attention_plan.block_n(head, dtype).bit_length() - 1,
+        "CHUNK": attention_plan.CHUNK,
         "D": head,
         "DV": head,
-        "D_PAD": attention_gpu._padded(head),
-        "DV_PAD": attention_gpu._padded(head),
+        "D_PAD": attention_plan.padded(head),
+        "DV_PAD": attention_plan.padded(head),
         "CAUSAL": causal,
         "MASK": mask,
         "SPLIT": found.split,
@@ -51,7 +51,7 @@ def built(lq, lk, head, dtype, target, causal=False, mask="none"):
     types = dict.fromkeys(WHOLE, "i32") | dict.fromkeys("qkv", POINTERS[dtype])
     types |= {"out": "*fp32" if found.split else POINTERS[dtype], "scale": "fp32"}
     types |= {"mask": {"bool": "*u8"}.get(mask, POINTERS[dtype]), "lse": "*fp32", "m_out": "*fp32"}
-    options = attention_gpu.options(found, mask, target[0] == "hip")
+    options = attention_plan.options(found, mask, target[0] == "hip")
     return compiled(attention_triton.attention, types, constants, target, **options)
 
 
@@ -130,8 +130,8 @@ def test_one_instruction_where_tiles_would_choose_it():
     for lq, lk in ((1, 5000), (40, 100), (1024, 1024)):
         q, k = (torch.empty(2, heads, size, 128, dtype=BF16, device="meta")
                 for heads, size in ((32, lq), (8, lk)))  # fmt: skip
-        assert attention_gpu.schedule(q, k, 128, major=10).block_m == 128
-        assert attention_gpu.schedule(q, k, 128, major=12) == attention_gpu.schedule(q, k, 128)
+        assert attention_plan.schedule(q, k, 128, major=10).block_m == 128
+        assert attention_plan.schedule(q, k, 128, major=12) == attention_plan.schedule(q, k, 128)
 
 
 def test_bits_in_the_interpreter(interpreter):

@@ -12,7 +12,7 @@ from triton_cases import MORE_SPECS
 from triton_offline import interpreter as interpreted
 from triton_offline import own_cache  # noqa: F401 - a fixture
 
-from fxpass.kernels import triton_call, triton_row, triton_source, triton_words
+from fxpass.kernels import steps, triton_call, triton_row, triton_source, triton_words
 from fxpass.spec import NormSpec
 
 triton = pytest.importorskip("triton")
@@ -202,50 +202,46 @@ class Launches:
         return launch
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    made = Launches()
-    monkeypatch.setattr(triton_call, "_is_reusable", lambda x: True)
-    monkeypatch.setattr(triton_call, "check", lambda *_: None)  # any dtype will do
-    call = triton_call.RowCall(
-        NormSpec.parse(LLAMA), lambda hidden, rows: triton_call.Compiled(made, 2, 4)
-    )
-
-    def run(x, weight, eps=1e-6):
-        call(x, None, weight, None, eps)
-        return made.found.pop()
-
-    return run
-
-
-def test_second_launch_is_direct(launches):
-    x, weight = torch.zeros(2, 3, 128).bfloat16(), torch.zeros(128).bfloat16()
-    grid, arguments, options = launches(x, weight)
+def test_what_a_launch_is_given():
+    spec, made = NormSpec.parse(LLAMA), Launches()
+    call = triton_call.RowCall(spec, lambda hidden, rows: triton_call.Compiled(made, 2, 4))
+    x, weight = torch.zeros(2, 6, 128).bfloat16()[:, ::2], torch.zeros(128).bfloat16()
+    out = call(x, None, weight, None, 1e-6)
+    ((grid, arguments, options),) = made.found
     assert (grid, options) == ((3, 1, 1), {"num_warps": 4})
     assert arguments[0] is x
-    assert arguments[3:] == (6, 1, 128, 0, 1, 1e-6)
-    grid, again, options = launches(x + 1, weight, eps=1)
-    assert (grid, options) == ((3, 1, 1), {})
-    assert again[1] == weight.data_ptr()
-    assert again[3:] == (*arguments[3:8], 1.0)
-    assert isinstance(again[8], float)  # an int would be taken for another argument type
+    assert arguments[1] is weight
+    assert arguments[2] is out
+    assert arguments[3:8] == (6, 1, 256, 0, 1)
+    assert arguments[8] == steps.single(1e-6)
+    assert out.is_contiguous()
+    call(x, None, weight, None, 1)
+    assert made.found[1][1][8] == 1.0
+    assert isinstance(made.found[1][1][8], float)  # an int would be another argument type
+    call(torch.zeros(0, 128).bfloat16(), None, weight, None, 1e-6)
+    assert len(made.found) == 2
 
 
 @pytest.mark.parametrize(
-    "x",
+    ("x", "eps"),
     [
-        torch.zeros(769).bfloat16()[1:].view(2, 3, 128),
-        torch.zeros(2, 6, 128).bfloat16()[:, ::2],
-        torch.zeros(5, 128).bfloat16(),
-        torch.zeros(2, 3, 128),
+        (torch.zeros(769).bfloat16()[1:].view(2, 3, 128), 1e-6),
+        (torch.zeros(2, 6, 128).bfloat16()[:, ::2], 1e-6),
+        (torch.zeros(5, 128).bfloat16(), 1e-6),
+        (torch.zeros(2, 3, 128).bfloat16(), 1e-5),
     ],
-    ids=["alignment", "strides", "shape", "dtype"],
+    ids=["alignment", "strides", "shape", "eps"],
 )
-def test_other_tensors_are_launched_by_triton(launches, x):
+def test_other_tensors_have_a_plan_of_their_own(x, eps):
+    made = Launches()
+    call = triton_call.RowCall(
+        NormSpec.parse(LLAMA), lambda hidden, rows: triton_call.Compiled(made, 2, 4)
+    )
     weight = torch.zeros(128).bfloat16()
     for _ in range(2):
-        launches(torch.zeros(2, 3, 128).bfloat16(), weight)
-    assert launches(x, weight)[2] == {"num_warps": 4}
+        call(torch.zeros(2, 3, 128).bfloat16(), None, weight, None, 1e-6)
+        call(x, None, weight, None, eps)
+    assert len(call._plans) == 2
 
 
 # ---- The kernel record ---------------------------------------------------------------------------

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from fxpass.kernels.invariant.mm_launch import ALIGNED, Plan
+from fxpass.kernels.invariant.mm_launch import Plan
 from fxpass.kernels.invariant.mm_plan import planned
+from fxpass.kernels.steps import single
+from fxpass.kernels.triton_launch import ALIGNED
 
 Tensor = torch.Tensor
 
@@ -74,4 +76,6 @@ def matmul(
         if len(_plans) >= PLANS_MOST:
             _plans.clear()
         _plans[key] = plan
-    return plan(a, b, bias, float(alpha), float(beta))
+    if alpha == 1 and beta == 1:
+        return plan(a, b, bias, 1.0, 1.0)
+    return plan(a, b, bias, single(alpha), single(beta))

@@ -1,25 +1,24 @@
-"""Launches of a product's kernels, complete but for the tensors.
+"""Plans: a product's launches, complete but for the tensors.
 
-Triton finds the compiled kernel for each call's arguments again, by their types, alignment and
-values; the first launch of a plan is made like that, and what it returns is launched directly from
-then on, with addresses for tensors. A plan is only for operands whose shapes, strides, dtypes and
-alignment are those of the operands it was made from.
+A plan is only for operands whose shapes, strides, dtypes and alignment are those of the operands it
+was made from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from fxpass.kernels.cuda_launch import Prepared, empty_strided, on_device
+from fxpass.kernels.gpu_rows import dense
 from fxpass.kernels.invariant.mm_schedule import Problem, Schedule
+from fxpass.kernels.invariant.tensor_map import MatrixMaps
+from fxpass.kernels.triton_launch import Launch
 
 Tensor = torch.Tensor
 
-ALIGNED = 16
-"""Bytes: what Triton compiles pointers for, and what descriptors need."""
 _FINISH_BLOCK = 1024
 
 
@@ -47,56 +46,12 @@ class Trivial(Plan):
         return made if bias is None else made.copy_(bias.float() * beta)
 
 
-class Launch:
-    """One kernel with its grid, integers and constants."""
-
-    def __init__(
-        self,
-        kernel: Any,
-        programs: int,
-        integers: tuple[int, ...],
-        constants: dict[str, Any],
-        options: dict[str, Any],
-        aligned: bool,
-    ) -> None:
-        self._kernel, self._grid = kernel, (programs, 1, 1)
-        self._integers, self._constants, self._options = integers, constants, options
-        names = kernel.arg_names[-len(constants) :]
-        self._last = (*integers, *(constants[name] for name in names))
-        self._again: Callable[..., Any] | None = None
-        # For AMD GPUs Triton also looks at the size of the memory that a tensor is a view of.
-        self._reusable = aligned and torch.version.hip is None
-
-    def __call__(self, tensors: Sequence[Any], alpha: float, beta: float) -> None:
-        """On the current stream of the current device; tensors or descriptors."""
-        if self._again is not None:
-            given = [t.data_ptr() if isinstance(t, Tensor) else t for t in tensors]
-            self._again(*given, alpha, beta, *self._last)
-            return
-        compiled = self._kernel[self._grid](
-            *tensors, alpha, beta, *self._integers, **self._constants, **self._options
-        )
-        if self._reusable and hasattr(compiled, "__getitem__"):
-            self._again = compiled[self._grid]
-
-
 class _Launched(Plan):
     """What plans with kernels share."""
 
-    def __init__(self, problem: Problem, shape: torch.Size, dtype: torch.dtype, index: int) -> None:
-        self._shape, self._dtype, self._device = shape, dtype, index
-
-    def _empty(self, like: Tensor) -> Tensor:
-        """Memory for the result; a dtype that has to be named costs 2 us."""
-        if like.dtype == self._dtype:
-            return like.new_empty(self._shape)
-        return like.new_empty(self._shape, dtype=self._dtype)
-
-    def _on_device(self) -> AbstractContextManager[Any]:
-        """Triton launches on the current device."""
-        if self._device < 0 or torch.cuda.current_device() == self._device:
-            return nullcontext()
-        return torch.cuda.device(self._device)
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, index: int) -> None:
+        self._device = index
+        self._out = (index, tuple(shape), dense(shape), dtype)
 
 
 class Pointers(_Launched):
@@ -134,7 +89,7 @@ class Pointers(_Launched):
         """
         from fxpass.kernels.invariant import mm_triton
 
-        super().__init__(problem, shape, dtype, index)
+        super().__init__(shape, dtype, index)
         split = schedule.kind == "split"
         chunks = problem.chunks
         biased = steps[2] is not None
@@ -152,36 +107,39 @@ class Pointers(_Launched):
         integers = (problem.m, problem.n, problem.k, *steps[0], *steps[1], *bias_steps)
         programs = _tiles(problem, schedule) * problem.batch * (chunks if split else 1)
         options = _options(schedule)
-        self._first = Launch(mm_triton.product, programs, integers, constants, options, aligned)
+        self._first = Launch(
+            mm_triton.product, (programs,), integers, constants, options, aligned=aligned
+        )
         self._copies = copies
-        self._sums = (problem.batch, chunks, problem.m, problem.n) if split else None
+        sums = (problem.batch, chunks, problem.m, problem.n)
+        self._sums = (index, sums, dense(sums), torch.float32) if split else None
         if split:
             block = min(_FINISH_BLOCK, 1 << max(5, (problem.n - 1).bit_length()))
             constants = {"CHUNKS": chunks, "BLOCK": block, "HAS_BIAS": biased, "PDL": pdl}
             self._second = Launch(
                 mm_triton.finish,
-                problem.batch * problem.m * -(-problem.n // block),
+                (problem.batch * problem.m * -(-problem.n // block),),
                 (problem.m, problem.n, *bias_steps),
                 constants,
                 {"num_warps": 4, **({"launch_pdl": True} if pdl else {})},
-                aligned,
+                aligned=aligned,
             )
 
     def __call__(
         self, a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, beta: float
     ) -> Tensor:
         """Allocates the result, and the chunks' sums if need be."""
-        out = self._empty(a)
-        shared = out if bias is None else bias  # not read without a bias
         if self._copies:
             b = b.contiguous()
-        with self._on_device():
+        with on_device(self._device):
+            out = empty_strided(*self._out)
+            shared = out if bias is None else bias  # not read without a bias
             if self._sums is None:
-                self._first((a, b, shared, out), alpha, beta)
+                self._first(self._device, (a, b, shared, out), alpha, beta)
             else:
-                sums = a.new_empty(self._sums, dtype=torch.float32)
-                self._first((a, b, shared, sums), alpha, beta)
-                self._second((sums, shared, out), alpha, beta)
+                sums = empty_strided(*self._sums)
+                self._first(self._device, (a, b, shared, sums), alpha, beta)
+                self._second(self._device, (sums, shared, out), alpha, beta)
         return out
 
 
@@ -202,7 +160,7 @@ class Descriptors(_Launched):
         """bias_steps: strides of row and column."""
         from fxpass.kernels.invariant import mm_triton
 
-        super().__init__(problem, shape, dtype, index)
+        super().__init__(shape, dtype, index)
         transposed = [matrix.stride(1) != 1 for matrix in operands]
         constants = {
             **_common(problem, schedule),
@@ -216,44 +174,58 @@ class Descriptors(_Launched):
         integers = (problem.m, problem.n, problem.k, *(bias_steps or (0, 0)))
         programs = min(_tiles(problem, schedule), schedule.programs * processors)
         options = _options(schedule)
-        self._first = Launch(mm_triton.product_tma, programs, integers, constants, options, True)
+        self._launch = Launch(
+            mm_triton.product_tma, (programs,), integers, constants, options, aligned=True
+        )
         a, b = (m.mT if turned else m for m, turned in zip(operands, transposed, strict=True))
         self._views = [
             (tuple(view.shape), tuple(view.stride()), block)
             for view, block in zip((a, b), blocks(schedule, transposed), strict=False)
         ]
         self._views.append((tuple(shape), (problem.n, 1), (schedule.block_m, schedule.block_n)))
-        self._kind = mm_triton.DESCRIPTOR
-        self._fields: list[dict[str, Any]] | None = None
+        self._dtypes = (a.dtype, b.dtype, dtype)
+        self._maps: list[MatrixMaps] | None = None
 
     def __call__(
         self, a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, beta: float
     ) -> Tensor:
         """Allocates the result."""
-        out = self._empty(a)
-        with self._on_device():
-            made = self._described((a, b, out))
-            self._first((*made, out if bias is None else bias), alpha, beta)
+        with on_device(self._device):
+            out = empty_strided(*self._out)
+            given, added = (a, b, out), out if bias is None else bias
+            again = self._launch.again
+            if self._maps is None or again is None:
+                self._with_descriptors(given, added, alpha, beta)
+                return out
+            described: list[Any] = []
+            for tensor, make, (shape, strides, _) in zip(
+                given, self._maps, self._views, strict=True
+            ):
+                described += (make(tensor.data_ptr()), *shape, *strides)
+            again(self._device, *described, added.data_ptr(), alpha, beta)
         return out
 
-    def _described(self, tensors: tuple[Tensor, ...]) -> list[Any]:
-        """A descriptor of each tensor. Triton checks the first ones."""
-        kind = self._kind
-        if self._fields is None:
-            made = [
-                kind(tensor, *map(list, view))
-                for tensor, view in zip(tensors, self._views, strict=True)
-            ]
-            # Without the tensors: a plan keeps no memory alive.
-            self._fields = [{**vars(descriptor), "base": None} for descriptor in made]
-            return made
-        made = []
-        for tensor, fields in zip(tensors, self._fields, strict=True):
-            descriptor = object.__new__(kind)
-            vars(descriptor).update(fields)
-            descriptor.base = tensor
-            made.append(descriptor)
-        return made
+    def _with_descriptors(
+        self, tensors: tuple[Tensor, ...], added: Tensor, alpha: float, beta: float
+    ) -> None:
+        """By Triton, which makes maps of them; all launches are, if the driver is too old."""
+        from fxpass.kernels.invariant.mm_triton import DESCRIPTOR
+
+        made = [
+            DESCRIPTOR(tensor, *map(list, view))
+            for tensor, view in zip(tensors, self._views, strict=True)
+        ]
+        compiled = self._launch.known(self._device, (*made, added), alpha, beta)
+        if isinstance(self._launch.again, Prepared):
+            self._maps = self._made_maps(compiled.metadata.tensordesc_meta)
+        self._launch.first(self._device, (*made, added), alpha, beta)
+
+    def _made_maps(self, told: Sequence[Any]) -> list[MatrixMaps]:
+        """What the compiled kernel reads and writes matrices by."""
+        return [
+            MatrixMaps(dtype, shape, strides[0], one["block_size"], one["swizzle"])
+            for dtype, (shape, strides, _), one in zip(self._dtypes, self._views, told, strict=True)
+        ]
 
 
 def blocks(schedule: Schedule, transposed: Sequence[bool]) -> list[tuple[int, int]]:

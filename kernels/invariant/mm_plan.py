@@ -7,8 +7,9 @@ from functools import cache
 import torch
 
 from fxpass.kernels.invariant.chunks import mm_chunk
-from fxpass.kernels.invariant.mm_launch import ALIGNED, Descriptors, Plan, Pointers, Trivial
+from fxpass.kernels.invariant.mm_launch import Descriptors, Plan, Pointers, Trivial
 from fxpass.kernels.invariant.mm_schedule import MOST_ROWS_IN_PLACE, Device, Problem, pick
+from fxpass.kernels.triton_launch import ALIGNED
 
 Tensor = torch.Tensor
 

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from fxpass.kernels import gpu_rows
-from fxpass.kernels.gpu_call import addressed
-from fxpass.kernels.invariant.triton_launch import launch
+from fxpass.kernels.cuda_launch import empty_strided, on_device
+from fxpass.kernels.gpu_call import PLANS_MOST, addressed
+from fxpass.kernels.triton_launch import ALIGNED, Launch
 
 Tensor = torch.Tensor
 
@@ -34,6 +36,25 @@ _FEW_ROWS = 264
 """Twice the multiprocessors of an H200: below that a long row is spread over more threads."""
 _EXCHANGED = 5
 """Levels of the tree that are left when several warps exchange their sums of units."""
+
+
+class _Plan(NamedTuple):
+    """What follows from the shapes, strides, dtypes and alignment of x and of what goes with it."""
+
+    launch: Launch | None
+    """None if there are no elements."""
+    device: int
+    copies: bool
+    """Whether x has to be made contiguous."""
+    outputs: list[tuple[Any, ...]]
+    """Arguments of `empty_strided`, without the device."""
+    order: tuple[int, ...]
+    """Which of x, the outputs and what goes with x each of the kernel's pointers is."""
+    dtype: torch.dtype | None
+    """What the outputs are rounded to, if they are not of it."""
+
+
+_plans: dict[Any, _Plan] = {}
 
 
 def row_sum(x: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -54,7 +75,8 @@ def row_norm(x: Tensor, p: float, *, dtype: torch.dtype) -> Tensor:
     if x.shape[-1] == 0 and (p < 0 or math.isinf(p)):
         raise RuntimeError(f"a norm of order {p} needs at least one element, R is 0")
     if math.isinf(p):
-        return _reduced("row_extreme", x, dtype, (), SIGN=1 if p > 0 else -1)
+        meta = {"SIGN": 1 if p > 0 else -1}
+        return _one("row_extreme", x, dtype, (), lambda: meta, p)
     kind = {0.0: "nonzero", 1.0: "abs", 2.0: "square"}.get(float(p), "power")
     if kind in ("nonzero", "abs"):
         return _summed(x, dtype, 1.0, kind)
@@ -65,16 +87,17 @@ def row_logsumexp(x: Tensor, *, dtype: torch.dtype) -> Tensor:
     """(..., R) -> (...); -inf for R = 0, and infinities as in torch."""
     if x.shape[-1] == 0:
         return x.new_full(x.shape[:-1], -math.inf, dtype=dtype)
-    return _reduced("row_softmax", x, dtype, (), KIND="logsumexp", **_tree(x), **_kept(x))
+    return _one("row_softmax", x, dtype, (), lambda: _softmax_of(x, "logsumexp"))
 
 
 def row_softmax(x: Tensor, *, dtype: torch.dtype, log: bool) -> Tensor:
     """(..., R) -> contiguous (..., R)."""
-    wide = _is_wide(x, dtype)
-    out = torch.empty(x.shape, dtype=_WIDEST if wide else dtype, device=x.device)
-    kind = "log_softmax" if log else "softmax"
-    _launch("row_softmax", x, [out], (), wide, KIND=kind, **_tree(x), **_kept(x))
-    return out.to(dtype)
+
+    def plan(aligned: bool) -> _Plan:
+        meta = _softmax_of(x, "log_softmax" if log else "softmax")
+        return _plan("row_softmax", x, [tuple(x.shape)], [dtype], (), meta, aligned)
+
+    return _run(("softmax", dtype, log), x, (), plan)[0]
 
 
 def row_var_mean(x: Tensor, correction: float, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -82,14 +105,21 @@ def row_var_mean(x: Tensor, correction: float, *, dtype: torch.dtype) -> tuple[T
 
     NaN for R = 0.
     """
-    size, wide = x.shape[-1], _is_wide(x, dtype)
+    size = x.shape[-1]
     if size == 0:
         empty = x.new_full(x.shape[:-1], math.nan, dtype=dtype)
         return empty, empty.clone()
-    var, mean = (_values(x, _WIDEST if wide else dtype) for _ in range(2))
-    factor = _bits(max(0.0, size - correction))
-    _moments(x, [mean, mean, var, mean, mean], (factor, 0), wide, NORM=False)
-    return var.to(dtype), mean.to(dtype)
+
+    def plan(aligned: bool) -> _Plan:
+        rows = tuple(x.shape[:-1])
+        numbers = (_bits(max(0.0, size - correction)), 0)
+        meta = _moments_of(x, NORM=False, WEIGHT=False, BIAS=False)
+        # The kernel's pointers: x, out, mean, second moment, weight, bias; not all are read.
+        order = (0, 2, 2, 1, 2, 2)
+        return _plan("row_moments", x, [rows] * 2, [dtype] * 2, numbers, meta, aligned, order)
+
+    var, mean = _run(("var_mean", dtype, correction), x, (), plan)
+    return var, mean
 
 
 def row_layer_norm(
@@ -102,48 +132,74 @@ def row_layer_norm(
     Raises:
         ValueError: weight or bias has another shape or device.
     """
-    size, wide = x.shape[-1], _is_wide(x, x.dtype)
+    size = x.shape[-1]
     for name, shared in (("weight", weight), ("bias", bias)):
         if shared is not None and (shared.shape != (size,) or shared.device != x.device):
             raise ValueError(
                 f"{name} is {tuple(shared.shape)} on {shared.device}, needs ({size},) on {x.device}"
             )
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    single = _WIDEST if wide else torch.float32
     if size == 0:
+        single = _WIDEST if _is_wide(x, x.dtype) else torch.float32
         mean = x.new_zeros(x.shape[:-1], dtype=single)
-        return out, mean, torch.full_like(mean, math.nan)
-    mean, rstd = _values(x, single), _values(x, single)
-    given = [out if shared is None else shared.contiguous() for shared in (weight, bias)]
-    _moments(
-        x, [out, mean, rstd, *given], (0, _bits(eps)), wide,
-        NORM=True, WEIGHT=weight is not None, BIAS=bias is not None,
-    )  # fmt: skip
+        return torch.empty_like(x), mean, torch.full_like(mean, math.nan)
+
+    def plan(aligned: bool) -> _Plan:
+        single = _WIDEST if _is_wide(x, x.dtype) else torch.float32
+        full, rows = tuple(x.shape), tuple(x.shape[:-1])
+        meta = _moments_of(x, NORM=True, WEIGHT=weight is not None, BIAS=bias is not None)
+        places = [4, 4 if weight is None else 5]
+        found = [1 if t is None else p for t, p in zip((weight, bias), places, strict=True)]
+        return _plan(
+            "row_moments", x, [full, rows, rows], [x.dtype, single, single], (0, _bits(eps)),
+            meta, aligned, (0, 1, 2, 3, *found),
+        )  # fmt: skip
+
+    factors = tuple(t.contiguous() for t in (weight, bias) if t is not None)
+    key = ("layer_norm", eps, *(None if t is None else t.dtype for t in (weight, bias)))
+    out, mean, rstd = _run(key, x, factors, plan)
     return out, mean, rstd
 
 
 def row_cumsum(x: Tensor, *, dtype: torch.dtype) -> Tensor:
     """(..., R) -> contiguous (..., R): element i depends on elements 0 to i alone."""
-    from fxpass.kernels.invariant import scan_triton
-    from fxpass.kernels.invariant.triton_math import FIXED
 
-    wide = _is_wide(x, dtype)
-    out = torch.empty(x.shape, dtype=_WIDEST if wide else dtype, device=x.device)
-    if not x.numel():
-        return out.to(dtype)
-    x, rows = _addressed(x)
-    lanes = min(scan_triton.BLOCK, 1 << (x.shape[-1] - 1).bit_length())
-    together = max(1, _OF_A_WARP // lanes)
-    numbers = (rows.count, x.shape[-1], rows.inner, rows.outer[0], rows.step[0])
-    launch(
-        scan_triton.row_cumsum, (-(-rows.count // together),), (x, out), numbers,
-        {"ROWS": together, "LEVELS": lanes.bit_length() - 1, "WIDE": wide},
-        {"num_warps": max(1, lanes // _OF_A_WARP), **FIXED},
-    )  # fmt: skip
-    return out.to(dtype)
+    def plan(aligned: bool) -> _Plan:
+        from fxpass.kernels.invariant import scan_triton
+
+        lanes = min(scan_triton.BLOCK, 1 << max(0, x.shape[-1] - 1).bit_length())
+        together, warps = max(1, _OF_A_WARP // lanes), max(1, lanes // _OF_A_WARP)
+        constants = {"ROWS": together, "LEVELS": lanes.bit_length() - 1}
+        return _plan_of(
+            scan_triton.row_cumsum, x, [tuple(x.shape)], [dtype], (), constants, warps, aligned
+        )
+
+    return _run(("cumsum", dtype), x, (), plan)[0]
 
 
-# ---- Launches ------------------------------------------------------------------------------------
+# ---- Plans ---------------------------------------------------------------------------------------
+
+
+def _run(
+    key: tuple[Any, ...], x: Tensor, shared: Sequence[Tensor], make: Callable[[bool], _Plan]
+) -> list[Tensor]:
+    """The outputs of a plan. key: what the plan follows from besides x; shared: of aligned rows."""
+    at = x.data_ptr()
+    for tensor in shared:
+        at |= tensor.data_ptr()
+    whole = (*key, at % ALIGNED, x.get_device(), x.dtype, x.shape, x.stride())
+    plan = _plans.get(whole)
+    if plan is None:
+        plan = make(at % ALIGNED == 0)
+        if len(_plans) >= PLANS_MOST:
+            _plans.clear()
+        _plans[whole] = plan
+    device = plan.device
+    with on_device(device):
+        made = [empty_strided(device, *output) for output in plan.outputs]
+        if plan.launch is not None:
+            given = (x.contiguous() if plan.copies else x, *made, *shared)
+            plan.launch(device, [given[place] for place in plan.order])
+    return made if plan.dtype is None else [tensor.to(plan.dtype) for tensor in made]
 
 
 def _summed(
@@ -151,49 +207,85 @@ def _summed(
 ) -> Tensor:
     if x.shape[-1] == 0:  # no program would write it
         return x.new_full(x.shape[:-1], 0.0 * factor, dtype=dtype)
-    numbers = (_bits(factor), _bits(power))
     root = kind in ("square", "power")
-    return _reduced("row_sum", x, dtype, numbers, KIND=kind, ROOT=root, **_tree(x))
+
+    def meta() -> dict[str, Any]:
+        return {"KIND": kind, "ROOT": root, **_tree(x)}
+
+    return _one("row_sum", x, dtype, (factor, power), meta, kind)
 
 
-def _reduced(
-    name: str, x: Tensor, dtype: torch.dtype, numbers: tuple[int, ...], **meta: Any
+def _one(
+    name: str,
+    x: Tensor,
+    dtype: torch.dtype,
+    numbers: tuple[float, ...],
+    meta: Callable[[], dict[str, Any]],
+    *key: Any,
 ) -> Tensor:
-    """Launch a kernel that writes one value a row."""
-    wide = _is_wide(x, dtype)
-    out = _values(x, _WIDEST if wide else dtype)
-    _launch(name, x, [out], numbers, wide, **meta)
-    return out.to(dtype)
+    """A kernel that writes one value a row. key: what `meta` follows from besides x."""
+
+    def plan(aligned: bool) -> _Plan:
+        bits = tuple(_bits(number) for number in numbers)
+        return _plan(name, x, [tuple(x.shape[:-1])], [dtype], bits, meta(), aligned)
+
+    return _run((name, dtype, *numbers, *key), x, (), plan)[0]
 
 
-def _moments(
-    x: Tensor, tensors: list[Tensor], numbers: tuple[int, ...], wide: bool, **meta: Any
-) -> None:
-    out, mean, second, weight, bias = tensors
-    flags = {"WEIGHT": False, "BIAS": False, **meta, **_tree(x), **_kept(x)}
-    _launch("row_moments", x, [out, mean, second, weight, bias], numbers, wide, **flags)
-
-
-def _launch(
-    name: str, x: Tensor, tensors: list[Tensor], numbers: tuple[int, ...], wide: bool, **meta: Any
-) -> None:
-    """Launch a kernel of `reduce_triton` on every row of x."""
+def _plan(
+    name: str,
+    x: Tensor,
+    shapes: list[tuple[int, ...]],
+    dtypes: list[torch.dtype],
+    numbers: tuple[int, ...],
+    meta: dict[str, Any],
+    aligned: bool,
+    order: tuple[int, ...] = (0, 1),
+) -> _Plan:
+    """Of a kernel of `reduce_triton` on every row of x."""
     from fxpass.kernels.invariant import reduce_triton
-    from fxpass.kernels.invariant.triton_math import FIXED
 
-    if not x.numel():
-        return
-    x, rows = _addressed(x)
-    together, warps = schedule(x.shape[-1], rows.count)
-    place = (rows.count, x.shape[-1], rows.inner, rows.outer[0], rows.step[0])
+    together, warps = schedule(x.shape[-1], math.prod(x.shape[:-1]))
     if together > 1 or warps == 1:
         meta = _without_exchange(meta)
-    launch(
-        getattr(reduce_triton, name), (-(-rows.count // together),), (x, *tensors),
-        (*place, *numbers),
-        {"ROWS": together, "LANES": gpu_rows.lanes(x.shape[-1]), "WIDE": wide, **meta},
+    constants = {"ROWS": together, "LANES": gpu_rows.lanes(x.shape[-1]), **meta}
+    kernel = getattr(reduce_triton, name)
+    return _plan_of(kernel, x, shapes, dtypes, numbers, constants, warps, aligned, order)
+
+
+def _plan_of(
+    kernel: Any,
+    x: Tensor,
+    shapes: list[tuple[int, ...]],
+    dtypes: list[torch.dtype],
+    numbers: tuple[int, ...],
+    constants: dict[str, Any],
+    warps: int,
+    aligned: bool,
+    order: tuple[int, ...] = (0, 1),
+) -> _Plan:
+    """Of any kernel whose first numbers are those of the way to the rows."""
+    from fxpass.kernels.invariant.triton_math import FIXED
+
+    wide = any([_is_wide(x, dtype) for dtype in dtypes])
+    written = [_WIDEST if wide else dtype for dtype in dtypes]
+    outputs = [
+        (shape, gpu_rows.dense(shape), dtype) for shape, dtype in zip(shapes, written, strict=True)
+    ]
+    rounded = None if written == dtypes else dtypes[0]
+    device = x.get_device()
+    if not x.numel():
+        return _Plan(None, device, False, outputs, order, rounded)
+    rows, copies = addressed(x, None)
+    launch = Launch(
+        kernel,
+        (-(-rows.count // constants["ROWS"]),),
+        (rows.count, x.shape[-1], rows.inner, rows.outer[0], rows.step[0], *numbers),
+        {**constants, "WIDE": wide},
         {"num_warps": warps, **FIXED},
-    )  # fmt: skip
+        aligned=aligned,
+    )
+    return _Plan(launch, device, copies, outputs, order, rounded)
 
 
 def schedule(size: int, rows: int) -> tuple[int, int]:
@@ -202,6 +294,14 @@ def schedule(size: int, rows: int) -> tuple[int, int]:
     together = max(1, _OF_A_WARP // lanes)
     warps = min(8, max(1, lanes // _OF_A_WARP))
     return together, warps * 2 if rows <= _FEW_ROWS and lanes >= 2 * _OF_A_WARP else warps
+
+
+def _softmax_of(x: Tensor, kind: str) -> dict[str, Any]:
+    return {"KIND": kind, **_tree(x), **_kept(x)}
+
+
+def _moments_of(x: Tensor, **flags: bool) -> dict[str, Any]:
+    return {**flags, **_tree(x), **_kept(x)}
 
 
 def _tree(x: Tensor) -> dict[str, int]:
@@ -219,16 +319,6 @@ def _without_exchange(meta: dict[str, Any]) -> dict[str, Any]:
 
 def _kept(x: Tensor) -> dict[str, bool]:
     return {"KEPT": x.shape[-1] <= gpu_rows.MOST_LANES}
-
-
-def _addressed(x: Tensor) -> tuple[Tensor, gpu_rows.Rows]:
-    """x, copied if its rows cannot be addressed, and the way to its rows."""
-    rows, copies = addressed(x, None)
-    return x.contiguous() if copies else x, rows
-
-
-def _values(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(x.shape[:-1], dtype=dtype, device=x.device)
 
 
 def _is_wide(x: Tensor, dtype: torch.dtype) -> bool:
