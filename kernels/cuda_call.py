@@ -6,10 +6,9 @@ strides is worked out once and kept, a call only looks it up, fills in pointers 
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,22 +39,28 @@ class RowKernel:
         self._spec, self._hidden, self._device = spec, hidden, device
         self._schedule = schedule
         self._capability = torch.cuda.get_device_capability(device)
-        self._kernels: Once[ctypes.c_void_p] = Once()
+        self._kernels: Once[Prepared] = Once()
         self._plans: dict[Any, _Plan] = {}
         dtypes = {"out": spec.out, "sum": spec.normed, "row": spec.row_dtype}
-        self._made = [dtypes.get(name) if name in spec.outputs else None for name in dtypes]
+        self._dtypes = [dtypes[name] if name in spec.outputs else None for name in dtypes]
+        order = [name for name in dtypes if name in spec.outputs]
+        self._places = [order.index(name) if name in order else None for name in dtypes]
 
     def prepare(self) -> None:
         """Build the schedules for one, few, some and many rows. Raises BuildError."""
         for rows in (1, 512, 2048, 1 << 20):
             self.kernel(self._schedule(self._spec, self._hidden, rows))
 
-    def kernel(self, schedule: Schedule) -> ctypes.c_void_p:
+    def kernel(self, schedule: Schedule) -> Prepared:
         """The loaded kernel of a schedule. Raises BuildError."""
 
-        def make() -> ctypes.c_void_p:
+        def make() -> Prepared:
             text = cuda_source.source(self._spec, self._hidden, schedule)
-            return cuda_driver.load(cuda_build.cubin(text, self._capability), "fxpass_run")
+            found = cuda_driver.load(cuda_build.cubin(text, self._capability), "fxpass_run").value
+            assert found is not None
+            overlap = self._capability >= (9, 0)
+            threads = schedule.threads * schedule.rows
+            return Prepared(found, threads, _ARGUMENTS, (0,), overlap=overlap)
 
         return self._kernels.get(schedule, make)
 
@@ -89,16 +94,17 @@ class RowKernel:
         if plan.copies:
             x = x.contiguous()
             residual = None if residual is None else residual.contiguous()
-        made = [
-            None if dtype is None else empty_strided(self._device, *plan.outputs[index], dtype)
-            for index, dtype in enumerate(self._made)
-        ]
-        if plan.rows:
+        made = [empty_strided(self._device, *output) for output in plan.outputs]
+        if plan.launch is not None:
             weight = None if weight is None else weight.contiguous()
             bias = None if bias is None else bias.contiguous()
-            plan.launch((x, residual, weight, bias, *made), self._device)
-        found = [tensor for tensor in made if tensor is not None]
-        return found[0] if len(found) == 1 else tuple(found)
+            inputs = [0 if t is None else t.data_ptr() for t in (x, residual, weight, bias)]
+            written = [tensor.data_ptr() for tensor in made]
+            bits = inputs[0] | inputs[1] | inputs[2] | inputs[3]
+            last = plan.narrow if bits % _WIDE else plan.wide
+            outputs = [0 if place is None else written[place] for place in self._places]
+            plan.launch(self._device, plan.grid, *inputs, *outputs, *last)
+        return made[0] if len(made) == 1 else tuple(made)
 
     def _planned(
         self,
@@ -120,56 +126,42 @@ class RowKernel:
             misaligned |= step * itemsizes[index // 2]
         factor_rows = [1 if t is None else t.numel() // self._hidden for t in (weight, bias)]
         arguments = (rows.count, rows.inner, *strided, *factor_rows, steps.single(eps))
-        narrow, wide = (self._launch(arguments, wide and misaligned % _WIDE == 0)
-                        for wide in (False, True))  # fmt: skip
-        plan = _Plan(narrow, wide, rows.count, copies, _outputs(x.shape))
+        schedule = self._schedule(self._spec, self._hidden, rows.count)
+        plan = _Plan(
+            self.kernel(schedule) if rows.count else None,
+            (-(-rows.count // schedule.rows), 1, 1),
+            (*arguments, False),
+            (*arguments, misaligned % _WIDE == 0),
+            copies,
+            [
+                (size, gpu_rows.dense(size), dtype)
+                for size, dtype in zip(_sizes(x.shape), self._dtypes, strict=True)
+                if dtype is not None
+            ],
+        )
         if len(self._plans) >= PLANS_MOST:
             self._plans.clear()
         self._plans[key] = plan
         return plan
 
-    def _launch(self, arguments: tuple[Any, ...], wide: bool) -> Prepared:
-        """With `arguments` after the pointers; wide: whether to read _WIDE bytes at a time."""
-        schedule = self._schedule(self._spec, self._hidden, arguments[0])
-        kernel = self.kernel(schedule).value
-        assert kernel is not None
-        return Prepared(
-            kernel,
-            (-(-arguments[0] // schedule.rows), 1, 1),
-            schedule.threads * schedule.rows,
-            _ARGUMENTS,
-            (0,),
-            (*arguments, wide),
-            overlap=self._capability >= (9, 0),
-        )
+
+class _Plan(NamedTuple):
+    """What follows from the shapes and strides of tensors."""
+
+    launch: Prepared | None
+    """None if there are no rows."""
+    grid: tuple[int, int, int]
+    narrow: tuple[Any, ...]
+    """Of FxArgs, what follows the pointers."""
+    wide: tuple[Any, ...]
+    """The same where all addresses are multiples of _WIDE."""
+    copies: bool
+    """Whether x and residual have to be made contiguous."""
+    outputs: list[tuple[Any, ...]]
+    """Size, stride and dtype of each."""
 
 
-class _Plan:
-    """The launches for tensors whose addresses are multiples of _WIDE, and for others."""
-
-    def __init__(
-        self,
-        narrow: Prepared,
-        wide: Prepared,
-        rows: int,
-        copies: bool,
-        outputs: tuple[tuple[Any, Any], ...],
-    ) -> None:
-        """outputs: size and stride of out, sum and row."""
-        self._narrow, self._wide = narrow, wide
-        self.rows, self.copies, self.outputs = rows, copies, outputs
-
-    def launch(self, tensors: tuple[Tensor | None, ...], device: int) -> None:
-        """x, residual, weight, bias, out, sum, row; on the device's current stream."""
-        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        bits = pointers[0] | pointers[1] | pointers[2] | pointers[3]
-        (self._narrow if bits % _WIDE else self._wide)(device, *pointers)
-
-
-def _outputs(shape: Any) -> tuple[tuple[Any, Any], ...]:
+def _sizes(shape: Any) -> tuple[tuple[int, ...], ...]:
+    """Of out, sum and row."""
     full, single = tuple(shape), (*shape[:-1], 1)
-    return (
-        (full, gpu_rows.dense(full)),
-        (full, gpu_rows.dense(full)),
-        (single, gpu_rows.dense(single)),
-    )
+    return full, full, single

@@ -1,4 +1,4 @@
-"""One launch of a CUDA kernel, kept: a call packs its parameters and goes to the driver.
+"""Launches of a CUDA kernel: a call packs the parameters and goes to the driver.
 
 Costs 3 us of host time where Triton's own launch costs 9 (H200 host, Python 3.12, 20 parameters).
 """
@@ -22,16 +22,14 @@ _ALIGNED = 128  # bytes: what a tensor map among the parameters needs, and more 
 
 
 class Prepared:
-    """A kernel with its grid and those parameters that do not change. Usable from every thread."""
+    """A kernel and how its parameters lie in memory. Usable from every thread."""
 
     def __init__(
         self,
         kernel: int,
-        grid: tuple[int, int, int],
         threads: int,
         layout: struct.Struct,
         offsets: Sequence[int],
-        fixed: Sequence[int | float] = (),
         *,
         shared: int = 0,
         overlap: bool = False,
@@ -40,17 +38,16 @@ class Prepared:
 
         Args:
             kernel: CUkernel or CUfunction.
-            grid: blocks.
             threads: of a block.
             layout: of all parameters in one piece of memory.
             offsets: in bytes, of each parameter in it.
-            fixed: the last values of the layout.
             shared: bytes of dynamic shared memory.
             overlap: whether the kernel may start while the one before it still runs
                 (programmatic dependent launch, compute capability 9.0).
         """
-        self._kernel, self._layout, self._fixed = kernel, layout, tuple(fixed)
-        self._config = cuda_driver.Config(*grid, threads, 1, 1, shared)
+        self._kernel, self._pack = kernel, layout.pack_into
+        self._grid: tuple[int, int, int] = (1, 1, 1)
+        self._config = cuda_driver.Config(*self._grid, threads, 1, 1, shared)
         if overlap:
             cuda_driver.overlap(self._config)
         self._memory = ctypes.create_string_buffer(layout.size + _ALIGNED)
@@ -62,16 +59,18 @@ class Prepared:
         self._lock = threading.Lock()
         self._go = cuda_driver.launcher()
 
-    def __call__(self, device: int, *values: Any) -> None:
+    def __call__(self, device: int, grid: tuple[int, int, int], *values: Any) -> None:
         """Launch on the current stream of the current device, which is `device`.
 
-        values: the first ones of the layout.
+        values: those of the layout.
 
         Raises BuildError with the driver's word if it refuses.
         """
         config, parameters = self._addresses
         with self._lock:  # the memory and the configuration belong to every thread's calls
-            self._layout.pack_into(self._memory, self._start, *values, *self._fixed)
+            self._pack(self._memory, self._start, *values)
+            if grid != self._grid:
+                self._config.grid_x, self._config.grid_y, self._config.grid_z = self._grid = grid
             self._config.stream = stream(device)
             status = self._go(config, self._kernel, parameters, None)
             if status == cuda_driver.INVALID_CONTEXT:
@@ -86,11 +85,14 @@ def stream(device: int) -> int:
     return int(torch._C._cuda_getCurrentRawStream(device))
 
 
+def is_current(device: int) -> bool:
+    """Whether a launch goes to this device; -1 is the host."""
+    return device < 0 or torch._C._cuda_getDevice() == device
+
+
 def on_device(index: int) -> AbstractContextManager[Any]:
     """Makes a device current if it is not; -1 is the host."""
-    if index < 0 or torch._C._cuda_getDevice() == index:
-        return nullcontext()
-    return torch.cuda.device(index)
+    return nullcontext() if is_current(index) else torch.cuda.device(index)
 
 
 def empty_strided(

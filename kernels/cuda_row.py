@@ -11,6 +11,7 @@ from fxpass.kernels import cuda_build, cuda_driver, cuda_source, gpu_rows
 from fxpass.kernels.build_cache import BuildError, Once
 from fxpass.kernels.contract import Kernel, Outputs
 from fxpass.kernels.cuda_call import RowKernel
+from fxpass.kernels.cuda_launch import is_current
 from fxpass.kernels.cuda_source import Schedule
 from fxpass.kernels.gpu_contract import contract
 from fxpass.spec import NormSpec
@@ -91,7 +92,7 @@ def entry(spec: NormSpec) -> Callable[..., Any]:
             if not x.is_cuda:
                 raise TypeError(f"x is on {x.device}, needs a CUDA device")
             kernel = known[key] = row_kernel(spec, *key)
-        if torch.cuda.current_device() == device:
+        if is_current(device):
             return kernel(x, residual, weight, bias, eps)
         with torch.cuda.device(device):
             return kernel(x, residual, weight, bias, eps)

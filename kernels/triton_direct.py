@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fxpass.kernels import cuda_driver
@@ -42,24 +42,24 @@ class Direct:
         scratch: int,
     ) -> None:
         """See `direct`."""
+        metadata = compiled.metadata
         self._compiled, self._kept, self._scratch = compiled, tuple(kept), (0,) * scratch
-        self._layout = struct.Struct(_format(codes, places))
-        self._offsets = [offset for offset, _ in places]
-
-    def prepared(self, grid: tuple[int, int, int], numbers: Sequence[int | float]) -> Prepared:
-        """The launch with this grid and these numbers."""
-        metadata = self._compiled.metadata
-        fixed = [n for n, keep in zip(numbers, self._kept, strict=True) if keep]
-        return Prepared(
-            int(self._compiled.function),
-            grid,
+        self._prepared = Prepared(
+            int(compiled.function),
             32 * metadata.num_warps,
-            self._layout,
-            self._offsets,
-            (*fixed, *self._scratch),
+            struct.Struct(_format(codes, places)),
+            [offset for offset, _ in places],
             shared=metadata.shared,
             overlap=bool(getattr(metadata, "launch_pdl", False)),
         )
+
+    def launch(
+        self, grid: tuple[int, int, int], numbers: Sequence[int | float]
+    ) -> Callable[..., None]:
+        """(device, *leading) -> a launch with this grid and these numbers."""
+        fixed = [n for n, keep in zip(numbers, self._kept, strict=True) if keep]
+        last, prepared = (*fixed, *self._scratch), self._prepared
+        return lambda device, *leading: prepared(device, grid, *leading, *last)
 
 
 def direct(compiled: Any, leading: int, numbers: int) -> Direct | None:

@@ -27,7 +27,7 @@ _KNOWN_MOST = 4096
 
 
 class _Known(NamedTuple):
-    """A kernel for arguments of one kind. Holds what the kind is told by the id of."""
+    """A kernel for arguments of one kind. Keeps alive what the kind names by its id."""
 
     kernel: Any
     compiled: Any
@@ -79,18 +79,21 @@ class Launch:
         elif self.again is not None:
             self.again(device, *[tensor.data_ptr() for tensor in tensors], *numbers)
 
-    def known(self, device: int, arguments: Sequence[Any], *numbers: float) -> Any:
-        """Sets `again` and gives the compiled kernel, if one has run for arguments of this kind."""
+    def known(self, device: int, arguments: Sequence[Any], *numbers: float) -> _Known | None:
+        """Sets `again` if a kernel has run for arguments of this kind; gives what is known of it.
+
+        arguments: tensors, or descriptors of them.
+        """
         if not self._reusable or device < 0:
             return None
         found = _known.get(self._kind(device, arguments))
         if found is None:
             return None
         if found.direct is not None:
-            self.again = found.direct.prepared(self._grid, self._numbers)
+            self.again = found.direct.launch(self._grid, self._numbers)
         else:
             self.again = self._by_triton(found.compiled, len(arguments) + len(numbers))
-        return found.compiled
+        return found
 
     def first(self, device: int, arguments: Sequence[Any], *numbers: float) -> None:
         """By Triton, which compiles what it has to, and checks descriptors."""
@@ -110,10 +113,10 @@ class Launch:
         return (
             id(self._kernel),
             device,
-            tuple([getattr(argument, "base", argument).dtype for argument in arguments]),
-            tuple([_kind(number) for number in self._numbers]),
-            tuple(self._constants.items()),
-            tuple(self._options.items()),
+            *[getattr(argument, "base", argument).dtype for argument in arguments],
+            *[_kind(number) for number in self._numbers],
+            *self._constants.values(),
+            *self._options.values(),
         )
 
     def _by_triton(self, compiled: Any, leading: int) -> Callable[..., Any]:

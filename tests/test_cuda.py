@@ -232,9 +232,11 @@ def launches(monkeypatch) -> Iterator[list[Launched]]:
         )
         return 0
 
-    def kernel(self, schedule: Schedule) -> ctypes.c_void_p:
+    def kernel(self, schedule: Schedule) -> cuda_launch.Prepared:
         schedules.append(schedule)
-        return ctypes.c_void_p(len(schedules))
+        threads = schedule.threads * schedule.rows
+        layout = cuda_call._ARGUMENTS
+        return cuda_launch.Prepared(len(schedules), threads, layout, (0,), overlap=True)
 
     monkeypatch.setattr(cuda_driver, "launcher", lambda: note)
     monkeypatch.setattr(cuda_call.RowKernel, "kernel", kernel)

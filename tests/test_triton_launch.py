@@ -226,7 +226,6 @@ def test_descriptors_are_a_map_a_shape_and_strides(driver, monkeypatch) -> None:
     signature = {"a": "tensordesc<bf16[64, 128]>", "out": "*bf16", "K": "constexpr"}
     found = triton_direct.direct(Compiled(FakeKernel(), signature, 8), 2, 0)
     assert found is not None
-    launch = found.prepared((1, 1, 1), ())
     read = []
 
     def note(config, kernel, parameters, extra):
@@ -235,8 +234,8 @@ def test_descriptors_are_a_map_a_shape_and_strides(driver, monkeypatch) -> None:
         read.extend(ctypes.string_at(at[i], size) for i, (_, size) in enumerate(places))
         return 0
 
-    launch._go = note
-    launch(0, b"m" * 128, 3, 4, 5, 1, 4096)
+    found._prepared._go = note
+    found.launch((1, 1, 1), ())(0, b"m" * 128, 3, 4, 5, 1, 4096)
     assert read[0] == b"m" * 128
     assert read[1:] == [struct.pack(c, n) for c, n in zip("iiqqQQQ", (3, 4, 5, 1, 4096, 0, 0),
                                                            strict=True)]  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fxpass.kernels.cuda_launch import Prepared, empty_strided, on_device
+from fxpass.kernels.cuda_launch import empty_strided, on_device
 from fxpass.kernels.gpu_rows import dense
 from fxpass.kernels.invariant.mm_schedule import Problem, Schedule
 from fxpass.kernels.invariant.tensor_map import MatrixMaps
@@ -184,6 +184,7 @@ class Descriptors(_Launched):
         ]
         self._views.append((tuple(shape), (problem.n, 1), (schedule.block_m, schedule.block_n)))
         self._dtypes = (a.dtype, b.dtype, dtype)
+        self._rest = [(*shape, *strides) for shape, strides, _ in self._views]
         self._maps: list[MatrixMaps] | None = None
 
     def __call__(
@@ -193,31 +194,35 @@ class Descriptors(_Launched):
         with on_device(self._device):
             out = empty_strided(*self._out)
             given, added = (a, b, out), out if bias is None else bias
-            again = self._launch.again
-            if self._maps is None or again is None:
+            if self._maps is None and not self._find_maps((*given, added), alpha, beta):
                 self._with_descriptors(given, added, alpha, beta)
                 return out
             described: list[Any] = []
-            for tensor, make, (shape, strides, _) in zip(
-                given, self._maps, self._views, strict=True
-            ):
-                described += (make(tensor.data_ptr()), *shape, *strides)
+            for tensor, make, rest in zip(given, self._maps or (), self._rest, strict=True):
+                described += (make(tensor.data_ptr()), *rest)
+            again = self._launch.again
+            assert again is not None
             again(self._device, *described, added.data_ptr(), alpha, beta)
         return out
+
+    def _find_maps(self, tensors: Sequence[Tensor], alpha: float, beta: float) -> bool:
+        """Whether the kernel is known, and can be launched with maps that are made here."""
+        found = self._launch.known(self._device, tensors, alpha, beta)
+        if found is None or found.direct is None:
+            return False
+        self._maps = self._made_maps(found.compiled.metadata.tensordesc_meta)
+        return True
 
     def _with_descriptors(
         self, tensors: tuple[Tensor, ...], added: Tensor, alpha: float, beta: float
     ) -> None:
-        """By Triton, which makes maps of them; all launches are, if the driver is too old."""
+        """By Triton, which makes maps of them; every launch is, if the driver is too old."""
         from fxpass.kernels.invariant.mm_triton import DESCRIPTOR
 
         made = [
             DESCRIPTOR(tensor, *map(list, view))
             for tensor, view in zip(tensors, self._views, strict=True)
         ]
-        compiled = self._launch.known(self._device, (*made, added), alpha, beta)
-        if isinstance(self._launch.again, Prepared):
-            self._maps = self._made_maps(compiled.metadata.tensordesc_meta)
         self._launch.first(self._device, (*made, added), alpha, beta)
 
     def _made_maps(self, told: Sequence[Any]) -> list[MatrixMaps]:
