@@ -86,7 +86,7 @@ def entry(spec: NormSpec) -> Callable[..., Any]:
         eps: float,
     ) -> Any:
         device: int = x.get_device()
-        key = (x.shape[-1], device)
+        key = (x.size(-1), device)
         kernel = known.get(key)
         if kernel is None:
             if not x.is_cuda:
