@@ -103,7 +103,7 @@ class RowKernel:
             bits = inputs[0] | inputs[1] | inputs[2] | inputs[3]
             last = plan.narrow if bits % _WIDE else plan.wide
             outputs = [0 if place is None else written[place] for place in self._places]
-            plan.launch(self._device, plan.grid, *inputs, *outputs, *last)
+            plan.launch(self._device, plan.grid, [*inputs, *outputs], last)
         return made[0] if len(made) == 1 else tuple(made)
 
     def _planned(

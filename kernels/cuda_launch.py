@@ -59,16 +59,22 @@ class Prepared:
         self._lock = threading.Lock()
         self._go = cuda_driver.launcher()
 
-    def __call__(self, device: int, grid: tuple[int, int, int], *values: Any) -> None:
+    def __call__(
+        self,
+        device: int,
+        grid: tuple[int, int, int],
+        head: Sequence[Any],
+        tail: Sequence[Any] = (),
+    ) -> None:
         """Launch on the current stream of the current device, which is `device`.
 
-        values: those of the layout.
+        head and tail: the values of the layout.
 
         Raises BuildError with the driver's word if it refuses.
         """
         config, parameters = self._addresses
         with self._lock:  # the memory and the configuration belong to every thread's calls
-            self._pack(self._memory, self._start, *values)
+            self._pack(self._memory, self._start, *head, *tail)
             if grid != self._grid:
                 self._config.grid_x, self._config.grid_y, self._config.grid_z = self._grid = grid
             self._config.stream = stream(device)

@@ -55,11 +55,11 @@ class Direct:
 
     def launch(
         self, grid: tuple[int, int, int], numbers: Sequence[int | float]
-    ) -> Callable[..., None]:
-        """(device, *leading) -> a launch with this grid and these numbers."""
+    ) -> Callable[[int, Sequence[Any]], None]:
+        """(device, leading parameters) -> a launch with this grid and these numbers."""
         fixed = [n for n, keep in zip(numbers, self._kept, strict=True) if keep]
         last, prepared = (*fixed, *self._scratch), self._prepared
-        return lambda device, *leading: prepared(device, grid, *leading, *last)
+        return lambda device, leading: prepared(device, grid, leading, last)
 
 
 def direct(compiled: Any, leading: int, numbers: int) -> Direct | None:

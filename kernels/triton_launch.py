@@ -66,8 +66,8 @@ class Launch:
         self._numbers, self._constants, self._options = tuple(numbers), constants, options
         # For AMD GPUs Triton also looks at the size of the memory that a tensor is a view of.
         self._reusable = aligned and torch.version.hip is None
-        self.again: Callable[..., Any] | None = None
-        """(device, *addresses, *numbers) -> a launch; once a kernel is known for the arguments."""
+        self.again: Callable[[int, Sequence[Any]], Any] | None = None
+        """(device, addresses and numbers) -> a launch; once a kernel is known for the arguments."""
 
     def __call__(self, device: int, tensors: Sequence[Tensor], *numbers: float) -> None:
         """On the current stream of the current device, which is `device` (-1: interpreted).
@@ -77,7 +77,7 @@ class Launch:
         if self.again is None and self.known(device, tensors, *numbers) is None:
             self.first(device, tensors, *numbers)
         elif self.again is not None:
-            self.again(device, *[tensor.data_ptr() for tensor in tensors], *numbers)
+            self.again(device, [*[tensor.data_ptr() for tensor in tensors], *numbers])
 
     def known(self, device: int, arguments: Sequence[Any], *numbers: float) -> _Known | None:
         """Sets `again` if a kernel has run for arguments of this kind; gives what is known of it.
@@ -119,12 +119,12 @@ class Launch:
             *self._options.values(),
         )
 
-    def _by_triton(self, compiled: Any, leading: int) -> Callable[..., Any]:
+    def _by_triton(self, compiled: Any, leading: int) -> Callable[[int, Sequence[Any]], Any]:
         """Its own launch, of addresses."""
         run = compiled[self._grid]
         names = self._kernel.arg_names[leading + len(self._numbers) :]
         last = (*self._numbers, *(self._constants[name] for name in names))
-        return lambda device, *given: run(*given, *last)
+        return lambda device, given: run(*given, *last)
 
 
 def _kind(number: int | float) -> int:

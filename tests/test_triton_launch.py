@@ -235,7 +235,7 @@ def test_descriptors_are_a_map_a_shape_and_strides(driver, monkeypatch) -> None:
         return 0
 
     found._prepared._go = note
-    found.launch((1, 1, 1), ())(0, b"m" * 128, 3, 4, 5, 1, 4096)
+    found.launch((1, 1, 1), ())(0, [b"m" * 128, 3, 4, 5, 1, 4096])
     assert read[0] == b"m" * 128
     assert read[1:] == [struct.pack(c, n) for c, n in zip("iiqqQQQ", (3, 4, 5, 1, 4096, 0, 0),
                                                            strict=True)]  # fmt: skip

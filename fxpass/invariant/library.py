@@ -54,7 +54,11 @@ def _matmul(
     out_dtype: torch.dtype | None,
     tf32: bool,
 ) -> Tensor:
-    return dispatch.matmul(a, b, bias, alpha=alpha, beta=beta, out_dtype=out_dtype, tf32=tf32)
+    # Graphs have many products: without `dispatch.matmul` each costs 1 us less on the host.
+    found: Tensor = dispatch.products(a.device.type).matmul(
+        a, b, bias, alpha=alpha, beta=beta, out_dtype=out_dtype, tf32=tf32
+    )
+    return found
 
 
 def _row_sum(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -197,12 +197,12 @@ class Descriptors(_Launched):
             if self._maps is None and not self._find_maps((*given, added), alpha, beta):
                 self._with_descriptors(given, added, alpha, beta)
                 return out
-            described: list[Any] = []
+            leading: list[Any] = []
             for tensor, make, rest in zip(given, self._maps or (), self._rest, strict=True):
-                described += (make(tensor.data_ptr()), *rest)
+                leading += (make(tensor.data_ptr()), *rest)
             again = self._launch.again
             assert again is not None
-            again(self._device, *described, added.data_ptr(), alpha, beta)
+            again(self._device, [*leading, added.data_ptr(), alpha, beta])
         return out
 
     def _find_maps(self, tensors: Sequence[Tensor], alpha: float, beta: float) -> bool:
