@@ -44,6 +44,15 @@ def _rows(ROWS: tl.constexpr):
 
 
 @triton.jit
+def _there(r, rows, place, size, ROWS: tl.constexpr):
+    """Which elements exist; a program of one row has no other."""
+    found = place < size
+    if ROWS > 1:
+        found = found & (r < rows)
+    return found
+
+
+@triton.jit
 def _start(r, inner, outer, step):
     return (r // inner).to(tl.int64) * outer + (r % inner).to(tl.int64) * step
 
@@ -76,7 +85,7 @@ def row_sum(
     x += _start(r, inner, x_outer, x_step)
     units = tl.zeros([ROWS, LANES // 8], dtype)
     for start in range(0, size, LANES):
-        there = (r < rows) & (start + lane < size)
+        there = _there(r, rows, start + lane, size, ROWS)
         v = _element(tl.load(x + start + lane, mask=there, other=0.0).to(dtype), KIND, power)
         if KIND == "power":
             v = tl.where(there, v, 0.0)
@@ -105,7 +114,7 @@ def row_extreme(
     found = tl.full([ROWS, LANES], float("-inf"), dtype)
     bad = tl.zeros([ROWS, LANES], tl.int32)
     for start in range(0, size, LANES):
-        there = (r < rows) & (start + lane < size)
+        there = _there(r, rows, start + lane, size, ROWS)
         v = tl.abs(tl.load(x + start + lane, mask=there, other=0.0).to(dtype)) * SIGN
         v = tl.where(there, v, float("-inf"))
         bad += (v != v).to(tl.int32)
@@ -141,14 +150,14 @@ def row_softmax(
     r = _rows(ROWS)
     lane = tl.arange(0, LANES)[None, :]
     x += _start(r, inner, x_outer, x_step)
-    there = (r < rows) & (lane < size)
+    there = _there(r, rows, lane, size, ROWS)
     v = tl.load(x + lane, mask=there, other=low).to(dtype)
     if KEPT:
         top = largest(v)
     else:
         most = v
         for start in range(LANES, size, LANES):
-            inside = (r < rows) & (start + lane < size)
+            inside = _there(r, rows, start + lane, size, ROWS)
             v = tl.load(x + start + lane, mask=inside, other=low).to(dtype)
             most = tl.where(v > most, v, most)
         top = largest(most)
@@ -161,7 +170,7 @@ def row_softmax(
     else:
         units = tl.zeros([ROWS, LANES // 8], dtype)
         for start in range(0, size, LANES):
-            inside = (r < rows) & (start + lane < size)
+            inside = _there(r, rows, start + lane, size, ROWS)
             v = tl.load(x + start + lane, mask=inside, other=low).to(dtype)
             units += pairs(_shifted_exp(v, shift, inside), _UNIT)
     found = total(units, LEVELS, LAST)
@@ -180,7 +189,7 @@ def row_softmax(
             tl.store(out + lane, y.to(out.dtype.element_ty), mask=there)
         else:
             for start in range(0, size, LANES):
-                inside = (r < rows) & (start + lane < size)
+                inside = _there(r, rows, start + lane, size, ROWS)
                 v = tl.load(x + start + lane, mask=inside, other=low).to(dtype)
                 y = _normalised(v, top, inside, scale, KIND)
                 tl.store(out + start + lane, y.to(out.dtype.element_ty), mask=inside)
@@ -217,18 +226,18 @@ def row_moments(
     r = _rows(ROWS)
     lane = tl.arange(0, LANES)[None, :]
     x += _start(r, inner, x_outer, x_step)
-    there = (r < rows) & (lane < size)
+    there = _there(r, rows, lane, size, ROWS)
     v = tl.load(x + lane, mask=there, other=0.0).to(dtype)
     units = 0.0 + pairs(v, _UNIT)
     for start in range(LANES, LANES if KEPT else size, LANES):
-        inside = (r < rows) & (start + lane < size)
+        inside = _there(r, rows, start + lane, size, ROWS)
         units += pairs(tl.load(x + start + lane, mask=inside, other=0.0).to(dtype), _UNIT)
     share = inverse(tl.cast(size, dtype))
     mean = total(units, LEVELS, LAST) * share
     away = _away(v, mean, there)
     units = pairs(away * away, _UNIT)
     for start in range(LANES, LANES if KEPT else size, LANES):
-        inside = (r < rows) & (start + lane < size)
+        inside = _there(r, rows, start + lane, size, ROWS)
         far = _away(tl.load(x + start + lane, mask=inside, other=0.0).to(dtype), mean, inside)
         units += pairs(far * far, _UNIT)
     spread = total(units, LEVELS, LAST)
@@ -241,7 +250,7 @@ def row_moments(
         else:
             for start in range(0, size, LANES):
                 place = start + lane
-                inside = (r < rows) & (place < size)
+                inside = _there(r, rows, place, size, ROWS)
                 v = tl.load(x + place, mask=inside, other=0.0).to(dtype)
                 y = _away(v, mean, inside) * spread
                 y = _scaled(y, weight, bias, place, inside, WEIGHT, BIAS)
