@@ -31,6 +31,10 @@ class Config(ctypes.Structure):
     )
 
 
+class LaunchError(RuntimeError):
+    """The driver refused a launch, or reports what an earlier one did."""
+
+
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: a thread that has done nothing on a GPU yet
 _OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
@@ -92,9 +96,9 @@ def load(cubin: bytes, name: str) -> ctypes.c_void_p:
     return kernel
 
 
-def check(status: int, what: str) -> None:
-    """Raises BuildError with the driver's own word for a status that is not success."""
+def check(status: int, what: str, error: type[Exception] = BuildError) -> None:
+    """Raises `error` with the driver's own word for a status that is not success."""
     if status:
         text = ctypes.c_char_p()
         driver().cuGetErrorName(status, ctypes.byref(text))
-        raise BuildError(f"{what}: {text.value.decode() if text.value else status}")
+        raise error(f"{what}: {text.value.decode() if text.value else status}")

@@ -70,7 +70,7 @@ class Prepared:
 
         head and tail: the values of the layout.
 
-        Raises BuildError with the driver's word if it refuses.
+        Raises LaunchError with the driver's word if it refuses.
         """
         config, parameters = self._addresses
         with self._lock:  # the memory and the configuration belong to every thread's calls
@@ -83,7 +83,7 @@ class Prepared:
                 cuda_driver.make_current(device)
                 status = self._go(config, self._kernel, parameters, None)
         if status:
-            cuda_driver.check(status, "cuLaunchKernelEx")
+            cuda_driver.check(status, "cuLaunchKernelEx", cuda_driver.LaunchError)
 
 
 def stream(device: int) -> int:

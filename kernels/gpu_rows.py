@@ -57,6 +57,9 @@ def address(
     """
     if any(not (same(stride[-1], 1) or same(shape[-1], 1)) for stride in strides):
         return None
+    zeros = [0 for _ in strides]
+    if any(same(size, 0) for size in shape[:-1]):
+        return Rows(0, 1, tuple(zeros), tuple(zeros))
     merged: list[list[Any]] = []  # [size, stride of each tensor]
     for dim, size in enumerate(shape[:-1]):
         if same(size, 1):
@@ -70,9 +73,9 @@ def address(
             merged.append([size, *steps])
     if len(merged) > LEADING:
         return None
-    zeros = [1, *(0 for _ in strides)]
+    single = [1, *zeros]
     # One leading dim is the outer one: Triton then drops the division by an inner of 1.
-    outer, inner = [*merged, zeros, zeros][:2]
+    outer, inner = [*merged, single, single][:2]
     return Rows(outer[0] * inner[0], inner[0], tuple(outer[1:]), tuple(inner[1:]))
 
 

@@ -3,7 +3,8 @@
 How parameters lie in memory is Triton's business and changes between versions, so it is not taken
 on trust: the driver is asked for the offset and size of each, and where they are not what the
 kernel's signature means, or the driver is older than that question (CUDA 12.4), there is no direct
-launch. NVIDIA only.
+launch. Nor is there while a profiler hooks Triton's launches (`triton.knobs.runtime`); one that
+does so later misses the kernels that are known by then. NVIDIA only.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Direct:
     ) -> None:
         """See `direct`."""
         metadata = compiled.metadata
-        self._compiled, self._kept, self._scratch = compiled, tuple(kept), (0,) * scratch
+        self._kept, self._scratch = tuple(kept), (0,) * scratch
+        self._compiled = compiled  # which keeps the function loaded
         self._prepared = Prepared(
             int(compiled.function),
             32 * metadata.num_warps,
@@ -58,8 +60,8 @@ class Direct:
     ) -> Callable[[int, Sequence[Any]], None]:
         """(device, leading parameters) -> a launch with this grid and these numbers."""
         fixed = [n for n, keep in zip(numbers, self._kept, strict=True) if keep]
-        last, prepared = (*fixed, *self._scratch), self._prepared
-        return lambda device, leading: prepared(device, grid, leading, last)
+        last = (*fixed, *self._scratch)
+        return lambda device, leading: self._prepared(device, grid, leading, last)
 
 
 def direct(compiled: Any, leading: int, numbers: int) -> Direct | None:

@@ -62,12 +62,15 @@ class Launch:
         """
         self._kernel = kernel
         one, two, three = (*programs, 1, 1)[:3]
+        assert max(one, two, three) < 2**31  # ctypes would cut it off
         self._grid = (one, two, three)
         self._numbers, self._constants, self._options = tuple(numbers), constants, options
         # For AMD GPUs Triton also looks at the size of the memory that a tensor is a view of.
         self._reusable = aligned and torch.version.hip is None
         self.again: Callable[[int, Sequence[Any]], Any] | None = None
         """(device, addresses and numbers) -> a launch; once a kernel is known for the arguments."""
+        self.is_direct = False
+        """Whether that is without Triton: of tensor maps then, else of descriptors."""
 
     def __call__(self, device: int, tensors: Sequence[Tensor], *numbers: float) -> None:
         """On the current stream of the current device, which is `device` (-1: interpreted).
@@ -89,7 +92,8 @@ class Launch:
         found = _known.get(self._kind(device, arguments))
         if found is None:
             return None
-        if found.direct is not None:
+        self.is_direct = found.direct is not None and not _has_hooks()
+        if found.direct is not None and self.is_direct:
             self.again = found.direct.launch(self._grid, self._numbers)
         else:
             self.again = self._by_triton(found.compiled, len(arguments) + len(numbers))
@@ -100,7 +104,8 @@ class Launch:
         compiled = self._kernel[self._grid](
             *arguments, *numbers, *self._numbers, **self._constants, **self._options
         )
-        if self._reusable and device >= 0:
+        # Nothing is compiled if Triton interprets, or a hook of its own kept it from compiling.
+        if self._reusable and device >= 0 and hasattr(compiled, "__getitem__"):
             leading = len(arguments) + len(numbers)
             if len(_known) >= _KNOWN_MOST:
                 _known.clear()
@@ -114,7 +119,7 @@ class Launch:
             id(self._kernel),
             device,
             *[getattr(argument, "base", argument).dtype for argument in arguments],
-            *[_kind(number) for number in self._numbers],
+            *[_kind_of(number) for number in self._numbers],
             *self._constants.values(),
             *self._options.values(),
         )
@@ -127,10 +132,19 @@ class Launch:
         return lambda device, given: run(*given, *last)
 
 
-def _kind(number: int | float) -> int:
+def _kind_of(number: int | float) -> int:
     """What Triton compiles for, of a number: its type, 1, a multiple of 16."""
     if isinstance(number, float):
         return -1
     if number == 1:
         return 1
     return (0 if number % 16 else 16) + (0 if number in _NARROW else 32)
+
+
+def _has_hooks() -> bool:
+    """Whether a profiler wants to be told of Triton's launches."""
+    from triton import knobs  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    runtime = knobs.runtime
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)

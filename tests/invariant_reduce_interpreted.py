@@ -206,3 +206,5 @@ def test_what_is_refused():
         reduce_gpu.row_norm(torch.zeros(3, 0), math.inf, dtype=F32)
     with pytest.raises(TypeError, match=r"torch\.int64"):
         reduce_gpu.row_sum(torch.zeros(3, 4).long(), dtype=F32)
+    with pytest.raises(TypeError, match=r"torch\.int64"):
+        reduce_gpu.row_var_mean(torch.zeros(3, 0).long(), 1, dtype=F32)

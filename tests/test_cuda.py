@@ -513,6 +513,12 @@ def strides_left(shape, tensors) -> int:
     return len(dims) - continued
 
 
+@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 0, 16), (0, 3, 0, 5, 16)])
+def test_no_rows_have_an_address(shape):
+    found = gpu_rows.address(shape, [gpu_rows.dense(shape)] * 2)
+    assert found == gpu_rows.Rows(0, 1, (0, 0), (0, 0))
+
+
 @given(strided())
 def test_address_is_where_the_rows_are(case):
     shape, tensors = case

@@ -13,6 +13,7 @@ from triton_offline import (
 from triton_offline import interpreter as interpreted
 
 from fxpass.kernels.invariant import attention_plan
+from fxpass.kernels.invariant.mm_schedule import Device
 
 triton = pytest.importorskip("triton")
 
@@ -132,6 +133,18 @@ def test_one_instruction_where_tiles_would_choose_it():
                 for heads, size in ((32, lq), (8, lk)))  # fmt: skip
         assert attention_plan.schedule(q, k, 128, major=10).block_m == 128
         assert attention_plan.schedule(q, k, 128, major=12) == attention_plan.schedule(q, k, 128)
+
+
+@pytest.mark.parametrize(("family", "block_m"), [("amd", 16), ("nvidia", 128)])
+def test_the_one_tile_is_nvidia_s(monkeypatch, family, block_m):
+    """RDNA's major version is 10 to 12 as well."""
+    device = Device(family, 11, 60, 64 << 10)
+    monkeypatch.setattr(attention_plan, "device_of", lambda index: device)
+    asked = []
+    monkeypatch.setattr(attention_plan, "_tiles", lambda *given: asked.append(given[6]))
+    q, k = (torch.empty(1, heads, 1, 128, dtype=BF16, device="meta") for heads in (32, 8))
+    attention_plan.Plan(q, k, k, None, False, None, aligned=True)
+    assert asked[0].block_m == block_m
 
 
 def test_bits_in_the_interpreter(interpreter):

@@ -173,6 +173,44 @@ def test_what_triton_compiles_again_for(run: Run, other: dict[str, Any]) -> None
     assert run() == 0
 
 
+@pytest.mark.usefixtures("driver")
+def test_nothing_is_kept_of_a_kernel_that_was_not_compiled(run: Run, monkeypatch) -> None:
+    """Triton interprets, or a hook of its cache says that compiling was not needed."""
+    monkeypatch.setattr(FakeKernel, "__getitem__", lambda self, grid: self.asked_only)
+    monkeypatch.setattr(FakeKernel, "asked_only", lambda self, *a, **k: self.asked.append(a),
+                        raising=False)  # fmt: skip
+    assert run() == 2
+    assert run() == 2
+
+
+def test_a_profiler_sees_triton_s_launches(run: Run, driver: list[Launched]) -> None:
+    knobs = pytest.importorskip("triton").knobs
+    knobs.runtime.launch_enter_hook.add(print)
+    try:
+        assert run() == 1
+        assert (len(run.kernel.by_triton), driver) == (1, [])
+    finally:
+        knobs.runtime.launch_enter_hook.remove(print)
+    assert run() == 0
+    assert len(driver) == 2
+
+
+def test_a_refused_launch_is_a_runtime_error(driver, monkeypatch) -> None:
+    found = triton_direct.direct(Compiled(FakeKernel(), SIGNATURE, 4), 3, 2)
+    assert found is not None
+    monkeypatch.setattr(found._prepared, "_go", lambda *_: 700)
+    monkeypatch.setattr(cuda_driver, "driver", lambda: SimpleNamespace(cuGetErrorName=_named))
+    with pytest.raises(RuntimeError, match=r"^cuLaunchKernelEx: CUDA_ERROR_ILLEGAL_ADDRESS$"):
+        found.launch((1, 1, 1), (5, 0.5))(0, [64, 128, 2.0])
+    assert driver == []
+
+
+def _named(status: int, text: Any) -> int:
+    assert status == 700
+    ctypes.cast(text, ctypes.POINTER(ctypes.c_char_p))[0] = b"CUDA_ERROR_ILLEGAL_ADDRESS"
+    return 0
+
+
 def test_a_one_is_compiled_in(run: Run, driver: list[Launched], monkeypatch) -> None:
     places = [*PLACES[:3], (20, 4), (24, 8)]
     monkeypatch.setattr(triton_direct, "_places", lambda function: places)
@@ -252,5 +290,5 @@ def test_kinds_are_triton_s_own() -> None:
     seen: dict[int, set[str]] = {}
     for number in (0, 1, 2, 3, 16, 17, 48, -1, -16, 2**31 - 1, 2**31, 2**31 + 1, -(2**31), 2**40):
         found = special(type(backend), number, False, True, True)
-        seen.setdefault(triton_launch._kind(number), set()).add(str(found))
+        seen.setdefault(triton_launch._kind_of(number), set()).add(str(found))
     assert all(len(found) == 1 for found in seen.values()), seen

@@ -55,7 +55,7 @@ def attention(
     """
     at = q.data_ptr() | k.data_ptr() | v.data_ptr() | (0 if mask is None else mask.data_ptr())
     key = (
-        at % ALIGNED,
+        at % ALIGNED == 0,
         causal,
         scale,
         *_kind(q),

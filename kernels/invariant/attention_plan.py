@@ -91,7 +91,9 @@ class Plan:
             torch.empty(t.shape, dtype=t.dtype, device="meta") if copy else t
             for t, copy in zip((q, k, v), self._copies, strict=True)
         )
-        found = schedule(q, k, max(head, wide), device_of(self._device).major)
+        gpu = device_of(self._device)
+        major = gpu.major if gpu.family == "nvidia" else 0
+        found = schedule(q, k, max(head, wide), major)
         strides: tuple[int, ...] = out[1]
         if found.split:
             rows, chunks = batch * heads * lq, -(-lk // CHUNK)

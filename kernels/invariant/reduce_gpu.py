@@ -107,6 +107,7 @@ def row_var_mean(x: Tensor, correction: float, *, dtype: torch.dtype) -> tuple[T
     """
     size = x.shape[-1]
     if size == 0:
+        _is_wide(x, dtype)
         empty = x.new_full(x.shape[:-1], math.nan, dtype=dtype)
         return empty, empty.clone()
 
@@ -186,10 +187,11 @@ def _run(
     at = x.data_ptr()
     for tensor in shared:
         at |= tensor.data_ptr()
-    whole = (*key, at % ALIGNED, x.get_device(), x.dtype, x.shape, x.stride())
+    aligned = at % ALIGNED == 0
+    whole = (*key, aligned, x.get_device(), x.dtype, x.shape, x.stride())
     plan = _plans.get(whole)
     if plan is None:
-        plan = make(at % ALIGNED == 0)
+        plan = make(aligned)
         if len(_plans) >= PLANS_MOST:
             _plans.clear()
         _plans[whole] = plan

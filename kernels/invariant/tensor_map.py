@@ -47,7 +47,7 @@ class MatrixMaps:
         self._kept: dict[int, bytes] = {}
 
     def __call__(self, address: int) -> bytes:
-        """The map for the matrix at an address. Raises BuildError if the driver refuses."""
+        """The map for the matrix at an address. Raises LaunchError if the driver refuses."""
         found = self._kept.get(address)
         if found is None:
             if len(self._kept) >= _KEPT_MOST:
@@ -62,7 +62,7 @@ class MatrixMaps:
             ctypes.addressof(memory) + start, self._dtype, 2, address, self._sizes, self._steps,
             self._box, self._every, _NOT_INTERLEAVED, self._swizzle, _L2_128_BYTES, _ZEROS_OUTSIDE,
         )  # fmt: skip
-        cuda_driver.check(status, "cuTensorMapEncodeTiled")
+        cuda_driver.check(status, "cuTensorMapEncodeTiled", cuda_driver.LaunchError)
         return memory.raw[start : start + MAP_BYTES]
 
 
