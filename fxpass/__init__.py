@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fxpass.backend import rewrite, rmsnorm_backend
@@ -15,6 +16,7 @@ from fxpass.sites import Decline
 from fxpass.spec import NormSpec
 
 if TYPE_CHECKING:
+    from fxpass.invariant.add_norm import add_rms_norm_ as add_rms_norm_
     from fxpass.invariant.mode import batch_invariant_mode as batch_invariant_mode
     from fxpass.invariant.mode import disable as disable_batch_invariant
     from fxpass.invariant.mode import enable as enable_batch_invariant
@@ -32,6 +34,7 @@ __all__ = [
     "OptionsError",
     "RMSNormPass",
     "Report",
+    "add_rms_norm_",
     "batch_invariant_mode",
     "disable_batch_invariant",
     "enable_batch_invariant",
@@ -44,11 +47,13 @@ __all__ = [
 ]
 
 
-_OF_THE_MODE = {
-    "batch_invariant_mode": "batch_invariant_mode",
-    "disable_batch_invariant": "disable",
-    "enable_batch_invariant": "enable",
+_INVARIANT = {
+    "add_rms_norm_": ("add_norm", "add_rms_norm_"),
+    "batch_invariant_mode": ("mode", "batch_invariant_mode"),
+    "disable_batch_invariant": ("mode", "disable"),
+    "enable_batch_invariant": ("mode", "enable"),
 }
+"""Module of fxpass.invariant and name there."""
 
 
 def __getattr__(name: str) -> Any:
@@ -57,8 +62,7 @@ def __getattr__(name: str) -> Any:
         from fxpass.hooks import pass_class
 
         return pass_class()
-    if name in _OF_THE_MODE:  # registers operators
-        from fxpass.invariant import mode
-
-        return getattr(mode, _OF_THE_MODE[name])
+    if name in _INVARIANT:  # registers operators
+        module, inside = _INVARIANT[name]
+        return getattr(import_module(f"fxpass.invariant.{module}"), inside)
     raise AttributeError(f"module 'fxpass' has no attribute {name!r}")

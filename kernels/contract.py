@@ -184,6 +184,9 @@ class Kernel:
     bound: Callable[[NormSpec], Callable[..., object]] | None = None
     """Optional: a faster callable (x, residual, weight, bias, eps) for one spec, which returns a
     tensor for one output and else a tuple."""
+    over: Callable[[NormSpec], Callable[..., None]] | None = None
+    """Optional: a callable (x, residual, weight, bias, eps) for a spec with outputs out and sum,
+    which writes out over x and sum over residual."""
     inline: Callable[[NormSpec, int, int | None], Inline] | None = None
     """Optional: (spec, hidden, rows if known) -> the same kernel for Inductor to launch. Rows
     choose a schedule, never bits."""
@@ -217,6 +220,19 @@ class Kernel:
         ) -> object:
             outputs = self.launch(spec, x, residual, weight, bias, eps)
             return outputs[0] if single else outputs
+
+        return call
+
+    def overwriting(self, spec: NormSpec) -> Callable[..., None]:
+        """`over`, or the results copied over x and residual."""
+        if self.over is not None:
+            return self.over(spec)
+        entry = self.entry(spec)
+
+        def call(x: torch.Tensor, residual: torch.Tensor, *rest: object) -> None:
+            made: Any = entry(x, residual, *rest)
+            x.copy_(made[0])
+            residual.copy_(made[1])
 
         return call
 

@@ -71,8 +71,13 @@ class RowKernel:
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
+        over: bool = False,
     ) -> Any:
-        """(..., hidden) -> the outputs of the spec, contiguous; a tensor if there is only one."""
+        """(..., hidden) -> the outputs of the spec, contiguous; a tensor if there is only one.
+
+        over: write them over x and residual, which are contiguous. The kernel reads an element of
+        either in no thread but the one that writes it, and not after.
+        """
         # All that `check` looks at, so that only a new plan has to be checked.
         key = (
             x.shape,
@@ -94,7 +99,11 @@ class RowKernel:
         if plan.copies:
             x = x.contiguous()
             residual = None if residual is None else residual.contiguous()
-        made = [empty_strided(self._device, *output) for output in plan.outputs]
+        made = (
+            [x, residual]
+            if over and residual is not None
+            else [empty_strided(self._device, *output) for output in plan.outputs]
+        )
         if plan.launch is not None:
             weight = None if weight is None else weight.contiguous()
             bias = None if bias is None else bias.contiguous()

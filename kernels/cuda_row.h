@@ -246,6 +246,18 @@ FX_INLINE void run(const FxArgs& a) {
   float lane[MINE] = {};
 
   auto load_batch = [&](int first, bool sums) {
+    if constexpr (S::writes_sum) {
+      if (!sums) {  // again: x and residual may be written over by now
+#pragma unroll
+        for (int c = 0; c < BATCH; ++c)
+#pragma unroll
+          for (int m = 0; m < MINE; ++m) {
+            const int i = first_element(first + c, m, t);
+            if (active && i < FX_HIDDEN) held[c][m] = load<WIDE>(row.sum, i);
+          }
+        return;
+      }
+    }
     Unit<typename S::X> x[BATCH][MINE];
     Unit<typename S::Residual> residual[BATCH][MINE];
 #pragma unroll

@@ -84,6 +84,7 @@ def entry(spec: NormSpec) -> Callable[..., Any]:
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         eps: float,
+        over: bool = False,
     ) -> Any:
         device: int = x.get_device()
         key = (x.size(-1), device)
@@ -93,11 +94,31 @@ def entry(spec: NormSpec) -> Callable[..., Any]:
                 raise TypeError(f"x is on {x.device}, needs a CUDA device")
             kernel = known[key] = row_kernel(spec, *key)
         if is_current(device):
-            return kernel(x, residual, weight, bias, eps)
+            return kernel(x, residual, weight, bias, eps, over)
         with torch.cuda.device(device):
-            return kernel(x, residual, weight, bias, eps)
+            return kernel(x, residual, weight, bias, eps, over)
 
     return call
+
+
+def over(spec: NormSpec) -> Callable[..., None]:
+    """(x, residual, weight, bias, eps): the result over x, the sum over residual."""
+    call = entry(spec)
+
+    def write(
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+    ) -> None:
+        dense = x.is_contiguous() and residual.is_contiguous()
+        out, total = call(x, residual, weight, bias, eps, dense)
+        if not dense:
+            x.copy_(out)
+            residual.copy_(total)
+
+    return write
 
 
 def launch(
@@ -143,5 +164,12 @@ def unavailable() -> str | None:
 
 
 KERNEL = Kernel(
-    "cuda.row", CONTRACT, launch, prepare, unavailable, refuses=cuda_source.refusal, bound=entry
+    "cuda.row",
+    CONTRACT,
+    launch,
+    prepare,
+    unavailable,
+    refuses=cuda_source.refusal,
+    bound=entry,
+    over=over,
 )

@@ -300,6 +300,21 @@ def test_every_argument_is_in_its_place(launches):
     assert (out.shape, total.shape, row.shape) == ((6, 5, 1024), (6, 5, 1024), (6, 5, 1))
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_over_writes_to_the_inputs_if_they_are_contiguous(launches, monkeypatch, dense):
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)
+    monkeypatch.setattr(cuda_row, "is_current", lambda device: True)
+    spec = NormSpec.parse(SPECS["residual"] + " outputs=out,sum")
+    monkeypatch.setattr(cuda_row, "row_kernel", lambda *_: row_kernel(spec, 128))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    given = inputs(spec, 6, 128)
+    x = given.x if dense else torch.zeros(6, 256, dtype=given.x.dtype)[:, :128]
+    cuda_row.over(spec)(x, given.residual, given.weight, None, 1e-6)
+    (launch,) = launches
+    same = launch.args.out == launch.args.x, launch.args.sum == launch.args.residual
+    assert same == (dense, dense)
+
+
 @pytest.mark.parametrize(("rows", "hidden"), [(1, 4096), (37, 128), (5000, 128), (5000, 4096)])
 def test_grid_covers_the_rows(launches, rows, hidden):
     spec = ALL["llama"]

@@ -49,6 +49,7 @@ MODULES = """
     diff diff_text diff_svg diff_html diff_view
     pipeline capture ledger artifacts
     invariant invariant.aten invariant.products invariant.reductions invariant.norms
+    invariant.add_norm
     invariant.attention invariant.attention_grad invariant.attention_op invariant.pointwise
     invariant.table invariant.mode invariant.library invariant.compiled
     hooks backend

@@ -88,7 +88,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
         assert extra is None
         asked = ctypes.cast(config, ctypes.POINTER(cuda_driver.Config)).contents
         at = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))
-        read = [ctypes.string_at(at[i], size) for i, (_, size) in enumerate(triton_direct._places(kernel) or ())]
+        read = [
+            ctypes.string_at(at[i], size)
+            for i, (_, size) in enumerate(triton_direct._places(kernel) or ())
+        ]
         notes.append(
             Launched(
                 kernel, (asked.grid_x, asked.grid_y, asked.grid_z), asked.block_x,

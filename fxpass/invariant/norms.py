@@ -12,7 +12,7 @@ import torch
 from fxpass import torch_dispatcher
 from fxpass.dtypes import is_exact_cast
 from fxpass.invariant.aten import NARROW, is_empty
-from fxpass.kernels import kernels
+from fxpass.kernels import Kernel, kernels
 from fxpass.kernels.invariant import dispatch
 from fxpass.spec import NormSpec, Step
 
@@ -124,13 +124,20 @@ def rms_spec(
 
 @functools.cache
 def _launch(spec: NormSpec, device: str, hidden: int) -> _Launch | None:
+    """The callable of `invariant_kernel`."""
+    kernel = invariant_kernel(spec, device, hidden)
+    return None if kernel is None else kernel.entry(spec)
+
+
+@functools.cache
+def invariant_kernel(spec: NormSpec, device: str, hidden: int) -> Kernel | None:
     """The first kernel whose contract says that rows are invariant, ready to launch."""
     platform = device if device == "cpu" else "rocm" if torch.version.hip else "cuda"
     for kernel in kernels():
         if not kernel.contract.batch_invariant or kernel.refusal(spec, platform, hidden):
             continue
         if kernel.prepare(spec, hidden) is None:
-            return kernel.entry(spec)
+            return kernel
     return None
 
 
