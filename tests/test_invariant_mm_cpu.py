@@ -21,7 +21,7 @@ from invariant_cpu_cases import (
 from fxpass.kernels import cpu_build
 from fxpass.kernels.build_cache import BuildError, Once
 from fxpass.kernels.invariant import cpu_library
-from fxpass.kernels.invariant.mm_cpu import matmul, product
+from fxpass.kernels.invariant.mm_cpu import _product, matmul, product
 
 LAYOUTS = ("dense", "transposed", "sliced", "spread", "shifted")
 # Around the sizes of tiles (6, 12, 16, 32), of thin products (4) and of chunks (256).
@@ -294,3 +294,15 @@ def test_without_a_compiler_it_warns_once(monkeypatch):
     wanted = a.double() @ b.double() + drawn(40, dtype=torch.bfloat16).double()
     # The rounding to bf16 alone is 2^-9; the sum in float32 is far finer.
     torch.testing.assert_close(whole.double(), wanted, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_few_columns_are_rows_of_the_transposed_product(n, batch):
+    a, b, bias = torch.randn(*batch, 70, 600), torch.randn(*batch, 600, n), torch.randn(n)
+    found = matmul(a, b, bias, alpha=0.5, beta=2.0)
+    assert torch.equal(found, _product(a, b, bias, 0.5, 2.0, None))
+    assert found.stride() == torch.empty(found.shape).stride()
+    one = matmul(a[..., :1, :], b)
+    assert torch.equal(one, matmul(a, b)[..., :1, :])
+    assert one.stride() == torch.empty(one.shape).stride()

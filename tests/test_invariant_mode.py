@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -226,6 +227,22 @@ def test_element_wise_operators_that_vary_are_replaced() -> None:
             whole = op(x)
             assert torch.equal(whole[-3:], op(x[-3:])), name
             assert torch.equal(whole, op(torch.stack([x, x], -1)[:, 0])), name
+
+
+@pytest.mark.parametrize("shape", [(37, 53), (64, 64), (3, 5, 7)])
+def test_elements_of_a_permuted_tensor(shape: tuple[int, ...]) -> None:
+    """In memory order, where they lie; the bits are those of a contiguous tensor all the same."""
+    x = torch.rand(shape).mT
+    calls: list[Callable[..., torch.Tensor]] = [
+        torch.sigmoid, torch.rsqrt, F.silu, lambda t: torch.pow(t, t), lambda t: t.clone().cosh_(),
+        lambda t: torch.sinh(t, out=torch.empty_like(t)), lambda t: torch.hypot(t, t.contiguous()),
+    ]  # fmt: skip
+    for call in calls:
+        wanted = call(x).stride()
+        with fxpass.batch_invariant_mode():
+            found = call(x)
+            assert torch.equal(found, call(x.contiguous()))
+        assert found.stride() == wanted
 
 
 def test_threads_outside_while_others_enter_and_leave() -> None:

@@ -95,6 +95,15 @@ def _whole_vectors(overload: Any, functional: Any) -> Operator:
             return NotImplemented
         if functional is aten.pow.Tensor_Scalar and args[1] in _MULTIPLIED:
             return NotImplemented
+        order = _memory_order(tensors if out is None else [*tensors, out])
+        if order is not None:  # else every operand would be copied: transposed ones took 9 times
+            turned = [a.permute(order) if any(a is t for t in tensors) else a for a in args]
+            if out is not None and not in_place:
+                kwargs[out_name] = out.permute(order)
+            made = call(*turned, **kwargs)
+            return (
+                made if made is NotImplemented else out if out is not None else _back(made, order)
+            )
         made = _evaluate(functional, args, kwargs, tensors)
         if out is None or made is NotImplemented:
             return made
@@ -115,6 +124,20 @@ def _is_whole(tensors: list[Tensor], out: Tensor | None) -> bool:
     if any(t.shape != first.shape or not t.is_contiguous() for t in every):
         return False
     return whole_part(first.numel()) == first.numel()
+
+
+def _memory_order(tensors: list[Tensor]) -> list[int] | None:
+    """The order of dims in which all are contiguous; None if there is none, or nothing to order."""
+    first = tensors[0]
+    kind = first.shape, first.stride()
+    if first.is_contiguous() or any((t.shape, t.stride()) != kind for t in tensors):
+        return None
+    order = sorted(range(first.dim()), key=lambda dim: -first.stride(dim))
+    return order if first.permute(order).is_contiguous() else None
+
+
+def _back(made: Tensor, order: list[int]) -> Tensor:
+    return made.permute(sorted(range(len(order)), key=order.__getitem__))
 
 
 def whole_part(count: int) -> int:

@@ -15,6 +15,8 @@ from fxpass.kernels.invariant import cpu_library, mm_plain
 from fxpass.kernels.invariant.cpu_library import TYPES, wide
 
 _FORMAT = struct.Struct("5P 5q 4q 4q 4q 4q 2d")  # FxProduct of mm_cpu.h
+_FEW_COLUMNS = 4
+"""Up to that many columns of b its rows fill no vector."""
 _NO_STRIDES = (0, 0, 0, 0)
 _MISSING = ((0, 0), (0,), ())  # strides of the batch dims that are not there, by how many are
 _ONES = ((1, 1), (1,), ())  # and their sizes
@@ -49,6 +51,26 @@ def matmul(
     """
     del tf32
     _check(a, b)
+    if 0 < b.shape[-1] <= _FEW_COLUMNS:
+        # A value head: the same chains, side by side over the rows. Not by the number of rows,
+        # since which of two NaN survives follows their order.
+        shape = (*a.shape[:-1], b.shape[-1])
+        turned = None if bias is None or beta == 0 else bias.expand(shape).mT
+        found = _product(b.mT, a.mT, turned, alpha, beta, out_dtype)
+        # Not .contiguous(): it keeps unusual strides of dims of one element.
+        return found.view(shape) if shape[-1] == 1 else found.new_empty(shape).copy_(found.mT)
+    return _product(a, b, bias, alpha, beta, out_dtype)
+
+
+def _product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    alpha: float,
+    beta: float,
+    out_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """`matmul` as it is."""
     if bias is not None:
         shape = (*a.shape[:-1], b.shape[-1])
         bias = None if beta == 0 else bias.to(wide(a.dtype)).expand(shape)
