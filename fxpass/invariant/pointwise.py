@@ -101,9 +101,9 @@ def _whole_vectors(overload: Any, functional: Any) -> Operator:
             if out is not None and not in_place:
                 kwargs[out_name] = out.permute(order)
             made = call(*turned, **kwargs)
-            return (
-                made if made is NotImplemented else out if out is not None else _back(made, order)
-            )
+            if made is NotImplemented:
+                return made
+            return _back(made, order) if out is None else out
         made = _evaluate(functional, args, kwargs, tensors)
         if out is None or made is NotImplemented:
             return made
@@ -132,7 +132,8 @@ def _memory_order(tensors: list[Tensor]) -> list[int] | None:
     kind = first.shape, first.stride()
     if first.is_contiguous() or any((t.shape, t.stride()) != kind for t in tensors):
         return None
-    order = sorted(range(first.dim()), key=lambda dim: -first.stride(dim))
+    strides = first.stride()
+    order = sorted(range(first.dim()), key=lambda dim: -strides[dim])
     return order if first.permute(order).is_contiguous() else None
 
 
