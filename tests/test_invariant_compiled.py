@@ -93,6 +93,25 @@ def test_rows_of_each_operator(dynamic: bool) -> None:
                 assert torch.equal(some, all_rows[6 - rows :]), (name, rows)
 
 
+def test_products_of_experts() -> None:
+    """Which rows an expert gets is known at run time; a row's bits are those it has alone."""
+    weights = matrix(4, 64, 24, dtype=torch.bfloat16)  # the only dtype torch traces
+
+    def experts(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return torch._grouped_mm(x * 2, weights, offs=ends) + 1
+
+    call = compiled(experts)
+    x = matrix(9, 64, dtype=torch.bfloat16)
+    ends = torch.tensor([3, 3, 8, 9], dtype=torch.int32)
+    with torch.no_grad():
+        found = call(x, ends)
+        with fxpass.batch_invariant_mode():
+            assert torch.equal(found, experts(x, ends))
+        for row, expert in ((0, 0), (3, 2), (7, 2), (8, 3)):
+            only = torch.arange(4, dtype=torch.int32).ge(expert).int()
+            assert torch.equal(call(x[row : row + 1], only)[0], found[row]), row
+
+
 @pytest.mark.parametrize("call", [F.softplus, lambda x: x.abs().log1p()], ids=["softplus", "log1p"])
 def test_elements_that_do_not_fill_a_vector(call) -> None:
     """Inductor computes them one by one if it deems so few not worth a vector, in other bits."""

@@ -26,6 +26,7 @@ _MATMUL = (
 )
 _SCHEMAS = {
     "matmul": _MATMUL,
+    "grouped_matmul": "bi_grouped_matmul(Tensor a, Tensor b, Tensor ends) -> Tensor",
     "row_sum": "bi_row_sum(Tensor x, ScalarType dtype) -> Tensor",
     "row_mean": "bi_row_mean(Tensor x, ScalarType dtype) -> Tensor",
     "row_norm": "bi_row_norm(Tensor x, float p, ScalarType dtype) -> Tensor",
@@ -99,6 +100,7 @@ def _row_cumsum(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 calls: dict[str, Callable[..., Any]] = {
     "matmul": _matmul,
+    "grouped_matmul": dispatch.grouped_matmul,
     "row_sum": _row_sum,
     "row_mean": _row_mean,
     "row_norm": _row_norm,
@@ -126,6 +128,10 @@ def _fake_matmul(
     return a.new_empty(*a.shape[:-1], b.shape[-1], dtype=out_dtype or a.dtype)
 
 
+def _fake_grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[2])
+
+
 def _fake_row(x: Tensor, *given: Any) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=given[-1])
 
@@ -151,6 +157,7 @@ def _fake_cumsum(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "matmul": _fake_matmul,
+    "grouped_matmul": _fake_grouped,
     "row_softmax": _fake_softmax,
     "row_var_mean": _fake_var_mean,
     "row_layer_norm": _fake_layer_norm,
@@ -158,10 +165,17 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
+def _tags(name: str) -> tuple[Any, ...]:
+    """What Inductor may do with an operator."""
+    on_host = name == "grouped_matmul"  # reads a tensor there
+    found = ("pt2_compliant_tag", "cudagraph_unsafe") if on_host else ("pt2_compliant_tag",)
+    return tuple(getattr(torch.Tag, tag) for tag in found if hasattr(torch.Tag, tag))
+
+
 def _define() -> dict[str, Any]:
     made = {"attention": attention_op.OPERATOR}
     for name, schema in _SCHEMAS.items():
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(schema, tags=_tags(name))
         _library.impl(f"bi_{name}", calls[name], "CompositeExplicitAutograd")
         fake = _FAKES.get(name, _fake_row)
         torch.library.register_fake(f"fxpass::bi_{name}", fake, lib=_library)
@@ -224,6 +238,7 @@ def _op_row(name: str) -> Callable[..., Any]:
 
 OPERATORS = SimpleNamespace(
     matmul=_op_matmul,
+    grouped_matmul=PACKETS["grouped_matmul"],
     attention=_op_attention,
     row_norm=_op_norm,
     row_softmax=_op_softmax,

@@ -86,22 +86,18 @@ def grouped_mm(
 ) -> Any:
     """Rows [offs[i - 1], offs[i]) of (M, K) times matrix i of (G, K, N): the experts of a model.
 
-    Reads `offs` on the host. Graphs keep torch's operator.
+    Reads `offs` on the host, so no CUDA graph can hold it.
     """
     plain = bias is None and out_dtype in (None, self.dtype)
     if self.dim() != 2 or mat2.dim() != 3 or offs is None or not plain:
         return NotImplemented
-    if torch_dispatcher.is_traced() or self.dtype != mat2.dtype or self.shape[1] != mat2.shape[1]:
+    if self.dtype != mat2.dtype or self.shape[1] != mat2.shape[1]:
         return NotImplemented
     if not dispatch.takes(self, product=True):
         return NotImplemented
-    out = self.new_zeros(self.shape[0], mat2.shape[2])
-    start = 0
-    for group, end in enumerate(offs.tolist()):
-        if end > start:
-            out[start:end] = _product(self[start:end], mat2[group], 2)
-        start = end
-    return out
+    if torch_dispatcher.is_traced() and not dispatch.is_through():
+        return NotImplemented  # by a compiler that knows no operator of ours
+    return dispatch.grouped_matmul(self, mat2, offs)
 
 
 def mv(self: Tensor, vec: Tensor) -> Any:

@@ -74,6 +74,11 @@ def through(operators: Any) -> Iterator[None]:
         _through.operators = before
 
 
+def is_through() -> bool:
+    """Whether this thread's calls become operators of a graph."""
+    return _through.operators is not None
+
+
 def _products(x: Tensor) -> Any:
     return _through.operators or products(x.device.type)
 
@@ -112,6 +117,22 @@ def matmul(
         a, b, bias, alpha=alpha, beta=beta, out_dtype=out_dtype, tf32=tf32
     )
     return made
+
+
+def grouped_matmul(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """Rows ends[i - 1] to ends[i] - 1 of a (M, K), times b[i] of (G, K, N) -> (M, N).
+
+    Reads `ends` on the host. Rows after the last end are zeros.
+    """
+    if _through.operators is not None:
+        traced: Tensor = _through.operators.grouped_matmul(a, b, ends)
+        return traced
+    out, start = a.new_zeros(a.shape[0], b.shape[2]), 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            out[start:end] = matmul(a[start:end], b[group])
+        start = end
+    return out
 
 
 def row_sum(x: Tensor, *, dtype: torch.dtype) -> Tensor:
