@@ -207,8 +207,9 @@ class Descriptors(_Launched):
 
     def _find_maps(self, tensors: Sequence[Tensor], alpha: float, beta: float) -> bool:
         """Whether the kernel is known, and can be launched with maps that are made here."""
-        if self._launch.again is not None:
-            return False  # they are Triton's
+        if self._launch.again is not None and not self._launch.is_direct:
+            return False  # Triton makes them
+        # Another thread may be between the launch and its maps: it is asked for again.
         found = self._launch.known(self._device, tensors, alpha, beta)
         if found is None or not self._launch.is_direct:
             return False
@@ -228,10 +229,11 @@ class Descriptors(_Launched):
             DESCRIPTOR(tensor, *map(list, view))
             for tensor, view in zip(tensors, self._views, strict=True)
         ]
-        if self._launch.again is None:
+        again = self._launch.again
+        if again is None or self._launch.is_direct:
             self._launch.first(self._device, (*made, added), alpha, beta)
         else:
-            self._launch.again(self._device, [*made, added.data_ptr(), alpha, beta])
+            again(self._device, [*made, added.data_ptr(), alpha, beta])
 
     def _made_maps(self, told: Sequence[Any]) -> list[MatrixMaps]:
         """What the compiled kernel reads and writes matrices by."""
