@@ -96,7 +96,14 @@ def shrunk(config: Any) -> Any:
         if name in new or value is None:
             continue
         new[name] = _cut(name, value, layers, kept)
+        if name in _EXPERTS and _is_count(value):
+            new[name] = min(value, max(new[name], _experts_of_groups(config)))
     return type(config)(**new)
+
+
+def _experts_of_groups(config: Any) -> int:
+    """Fewest experts that a router which chooses groups first can rank: two in each."""
+    return 2 * (vars(config).get("n_group") or 0)
 
 
 def _cut(name: str, value: Any, layers: int, kept: list[int]) -> Any:
