@@ -25,6 +25,10 @@ _LAYER_COUNTS = frozenset(
     num_encoder_layers num_decoder_layers num_blocks n_blocks""".split()
 )
 _EXPERTS = frozenset("num_experts n_routed_experts num_local_experts moe_num_experts".split())
+_CHOSEN = frozenset(
+    "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts".split()
+)
+"""Experts of a token."""
 _VOCABULARY = frozenset("vocab_size vocab_size_per_layer_input text_vocab_size".split())
 _MOST = {
     **dict.fromkeys(_LAYER_COUNTS, LAYERS),
@@ -97,13 +101,14 @@ def shrunk(config: Any) -> Any:
             continue
         new[name] = _cut(name, value, layers, kept)
         if name in _EXPERTS and _is_count(value):
-            new[name] = min(value, max(new[name], _experts_of_groups(config)))
+            new[name] = min(value, max(new[name], _experts_needed(config)))
     return type(config)(**new)
 
 
-def _experts_of_groups(config: Any) -> int:
-    """Fewest experts that a router which chooses groups first can rank: two in each."""
-    return 2 * (vars(config).get("n_group") or 0)
+def _experts_needed(config: Any) -> int:
+    """Fewest experts that a router can choose from: those of a token, two in each of its groups."""
+    chosen = max((v for n, v in vars(config).items() if n in _CHOSEN and _is_count(v)), default=0)
+    return max(chosen, 2 * (vars(config).get("n_group") or 0))
 
 
 def _cut(name: str, value: Any, layers: int, kept: list[int]) -> Any:
