@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxpass
 
@@ -132,10 +134,40 @@ def test_refused_in_one_line(change, text):
     assert all(torch.equal(named[name], value) for name, value in kept.items())
 
 
-def test_one_memory_for_both_is_refused():
-    memory = torch.zeros(4, 8)
-    with pytest.raises(fxpass.FxpassError, match="share memory"):
-        fxpass.add_rms_norm_(memory[:2], memory[1:3])
+def test_memory_that_cannot_be_written_alone_is_refused():
+    memory, other = torch.ones(4, 8), torch.ones(2, 8)
+    with torch.inference_mode():
+        inference = torch.ones(2, 8)
+    for x, residual, weight, text in (
+        (memory[:2], memory[1:3], None, "x, residual share memory"),
+        (memory[:2], other, memory[3], "x, residual, weight share memory"),
+        (other, torch.ones(1, 8).expand(2, 8), None, "residual is expanded"),
+        (torch.ones(1, 8).expand(2, 8), other, None, "x is expanded"),
+        (torch._neg_view(torch.ones(2, 8)), other, None, "x has a negation that waits"),
+        (other, inference, None, "residual is an inference tensor"),
+        (other.to_sparse(), other, None, "x is torch.sparse_coo on cpu"),
+    ):
+        with pytest.raises(fxpass.FxpassError, match=text):
+            fxpass.add_rms_norm_(x, residual, weight)
+        assert torch.equal(memory, torch.ones(4, 8))
+        assert torch.equal(other, torch.ones(2, 8))
+
+
+def test_who_watches_operators_sees_one():
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen, tensors = [], given((2, 8))
+    with Watch():
+        fxpass.add_rms_norm_(*tensors)
+    assert seen == ["fxpass.add_norm_.default"]
+    with FakeTensorMode():
+        x = fxpass.add_rms_norm_(torch.ones(2, 8), torch.ones(2, 8))[0]
+    assert x.shape == (2, 8)
+    meta = torch.ones(2, 8, device="meta")
+    assert fxpass.add_rms_norm_(meta, torch.ones(2, 8, device="meta"))[0] is meta
 
 
 @pytest.mark.gpu

@@ -229,7 +229,7 @@ def test_element_wise_operators_that_vary_are_replaced() -> None:
             assert torch.equal(whole, op(torch.stack([x, x], -1)[:, 0])), name
 
 
-@pytest.mark.parametrize("shape", [(37, 53), (64, 64), (3, 5, 7)])
+@pytest.mark.parametrize("shape", [(37, 53), (64, 64), (3, 5, 7), (11, 1, 7), (3, 16, 64)])
 def test_elements_of_a_permuted_tensor(shape: tuple[int, ...]) -> None:
     """In memory order, where they lie; the bits are those of a contiguous tensor all the same."""
     x = torch.rand(shape).mT
@@ -237,12 +237,28 @@ def test_elements_of_a_permuted_tensor(shape: tuple[int, ...]) -> None:
         torch.sigmoid, torch.rsqrt, F.silu, lambda t: torch.pow(t, t), lambda t: t.clone().cosh_(),
         lambda t: torch.sinh(t, out=torch.empty_like(t)), lambda t: torch.hypot(t, t.contiguous()),
     ]  # fmt: skip
+    calls += [F.gelu, lambda t: torch.pow(1.7, t), lambda t: F.gelu(t, approximate="tanh")]
     for call in calls:
         wanted = call(x).stride()
         with fxpass.batch_invariant_mode():
             found = call(x)
             assert torch.equal(found, call(x.contiguous()))
         assert found.stride() == wanted
+
+
+def test_rows_of_a_tensor_whose_batch_comes_second() -> None:
+    """gelu of a permuted tensor is another function of torch's than of a contiguous one."""
+    x = torch.randn(16, 3, 64)
+    with fxpass.batch_invariant_mode():
+        whole = F.gelu(x.transpose(0, 1))
+        for rows in (1, 2):
+            assert torch.equal(F.gelu(x[:, :rows].contiguous().transpose(0, 1)), whole[:rows])
+
+
+def test_a_result_of_no_size_yet() -> None:
+    x = torch.randn(7, 9)
+    with fxpass.batch_invariant_mode():
+        assert torch.equal(torch.atan2(x, x.abs(), out=torch.empty(0)), torch.atan2(x, x.abs()))
 
 
 def test_threads_outside_while_others_enter_and_leave() -> None:

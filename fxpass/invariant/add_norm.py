@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 
+from fxpass import torch_dispatcher
 from fxpass.dtypes import is_exact_cast, short
 from fxpass.errors import FxpassError
 from fxpass.invariant.norms import invariant_kernel
+from fxpass.kernels.invariant import dispatch
 from fxpass.spec import NormSpec, Rounding, Step
 
 Tensor = torch.Tensor
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_HERE = (torch.strided, True)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _EPS = torch.finfo(torch.float32).eps
 _ORDERS = (Rounding.CAST_THEN_SCALE.value, Rounding.SCALE_THEN_CAST.value)
 _library: Any = getattr(torch.library, "Library")("fxpass", "FRAGMENT")  # noqa: B009 - untyped
@@ -48,21 +52,34 @@ def add_rms_norm_(
 
     Raises:
         FxpassError: for shapes, dtypes, devices or an order that do not fit together, tensors of
-            one storage, or x and residual that require a gradient. Nothing was written then.
+            one storage, expanded ones, or x and residual that require a gradient. Nothing was
+            written then.
     """
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
         raise FxpassError("a tensor requires a gradient; call add_rms_norm_ under torch.no_grad()")
     told = _EPS if eps is None else float(eps)
     # A call of the operator costs 10 us of host time more.
-    run = torch.ops.fxpass.add_norm_ if torch.compiler.is_compiling() else _run
+    run = torch.ops.fxpass.add_norm_ if _is_watched(x, residual, weight) else _run
     run(x, residual, weight, told, rounding, weight_offset)
     return x, residual
+
+
+def _is_watched(*tensors: Tensor | None) -> bool:
+    """Whether somebody has to see an operator: a compiler, a mode, a tensor with its own ways."""
+    if torch.compiler.is_compiling() or torch_dispatcher.is_traced():
+        return True
+    return any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in tensors)
 
 
 def _spec_of(
     x: Tensor, residual: Tensor, weight: Tensor | None, rounding: str, weight_offset: float
 ) -> NormSpec:
     """What the arguments mean. Raises FxpassError."""
+    for name, tensor in (("x", x), ("residual", residual), ("weight", weight)):
+        if tensor is not None and (tensor.layout, tensor.device.type in dispatch.DEVICES) != _HERE:
+            raise FxpassError(
+                f"{name} is {tensor.layout} on {tensor.device}, needs a strided CPU or GPU tensor"
+            )
     if rounding not in _ORDERS:
         raise FxpassError(f"rounding {rounding!r}, needs one of {_ORDERS}")
     if residual.shape != x.shape or residual.device != x.device or x.dim() == 0:
@@ -112,14 +129,30 @@ def _run(
     weight_offset: float,
 ) -> None:
     spec = _spec_of(x, residual, weight, rounding, weight_offset)
-    if x.untyped_storage().data_ptr() == residual.untyped_storage().data_ptr() and x.numel():
-        raise FxpassError("x and residual share memory; each is written over")
     if not x.numel():
         return
+    _check_memory(x, residual, weight)
     found = invariant_kernel(spec, x.device.type, x.shape[-1])
     if found is None:
         raise FxpassError(f"no batch-invariant kernel for {short(x.dtype)} on {x.device}: {spec}")
     found.overwriting(spec)(x, residual, weight, None, eps)
+
+
+def _check_memory(x: Tensor, residual: Tensor, weight: Tensor | None) -> None:
+    """Raises FxpassError where writing x or residual would change something else, or fail."""
+    given = {"x": x, "residual": residual, **({} if weight is None else {"weight": weight})}
+    for name, tensor in given.items():
+        if tensor.is_neg():
+            raise FxpassError(f"{name} has a negation that waits; pass {name}.resolve_neg()")
+    for name, tensor in (("x", x), ("residual", residual)):
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        if any(size > 1 and step == 0 for size, step in steps):
+            raise FxpassError(f"{name} is expanded: several elements in one place; pass a copy")
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise FxpassError(f"{name} is an inference tensor; write it under inference_mode()")
+    places = [tensor.untyped_storage().data_ptr() for tensor in given.values()]
+    if len(set(places)) < len(places):
+        raise FxpassError(f"{', '.join(given)} share memory; x and residual are written over")
 
 
 def _told(tensor: Tensor) -> str:

@@ -95,18 +95,22 @@ def _whole_vectors(overload: Any, functional: Any) -> Operator:
             return NotImplemented
         if functional is aten.pow.Tensor_Scalar and args[1] in _MULTIPLIED:
             return NotImplemented
-        order = _memory_order(tensors if out is None else [*tensors, out])
+        order = None
+        if functional is not aten.pow.Scalar:  # whose result torch makes contiguous
+            order = _memory_order(tensors if out is None else [*tensors, out])
         if order is not None:  # else every operand would be copied: transposed ones took 9 times
             turned = [a.permute(order) if any(a is t for t in tensors) else a for a in args]
-            if out is not None and not in_place:
-                kwargs[out_name] = out.permute(order)
-            made = call(*turned, **kwargs)
-            if made is NotImplemented:
-                return made
-            return _back(made, order) if out is None else out
+            more = {} if out is None or in_place else {out_name: out.permute(order)}
+            made = call(*turned, **kwargs, **more)
+            if made is NotImplemented:  # torch's own, of contiguous tensors: its gelu asks for that
+                made = overload(*turned, **kwargs, **more)
+            first = tensors[0]
+            return made.as_strided(first.shape, first.stride()) if out is None else out
         made = _evaluate(functional, args, kwargs, tensors)
         if out is None or made is NotImplemented:
             return made
+        if not out.numel():
+            out.resize_(made.shape)
         if out.shape != made.shape or not torch.can_cast(made.dtype, out.dtype):
             return NotImplemented
         return out.copy_(made)
@@ -137,10 +141,6 @@ def _memory_order(tensors: list[Tensor]) -> list[int] | None:
     return order if first.permute(order).is_contiguous() else None
 
 
-def _back(made: Tensor, order: list[int]) -> Tensor:
-    return made.permute(sorted(range(len(order)), key=order.__getitem__))
-
-
 def whole_part(count: int) -> int:
     """How many of so many elements every thread takes in whole vectors."""
     while True:
@@ -168,7 +168,8 @@ def _evaluate(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> A
         tail = function(*_cut(flat, whole, total), **kwargs)
         parts.append(tail[: total - whole])
     made = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return _laid_out(made.view(shape), tensors)
+    # torch.pow(2.0, x) is contiguous whatever x is.
+    return _laid_out(made.view(shape), [] if function is aten.pow.Scalar else tensors)
 
 
 def _cut(flat: list[Any], start: int, stop: int) -> list[Any]:
