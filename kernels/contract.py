@@ -185,8 +185,8 @@ class Kernel:
     """Optional: a faster callable (x, residual, weight, bias, eps) for one spec, which returns a
     tensor for one output and else a tuple."""
     over: Callable[[NormSpec], Callable[..., None]] | None = None
-    """Optional: a callable (x, residual, weight, bias, eps) for a spec with outputs out and sum,
-    which writes out over x and sum over residual."""
+    """Optional: a callable (x, residual, weight, bias, eps) for a spec with outputs out and sum and
+    contiguous x and residual, which writes out over x and sum over residual."""
     inline: Callable[[NormSpec, int, int | None], Inline] | None = None
     """Optional: (spec, hidden, rows if known) -> the same kernel for Inductor to launch. Rows
     choose a schedule, never bits."""
@@ -224,12 +224,13 @@ class Kernel:
         return call
 
     def overwriting(self, spec: NormSpec) -> Callable[..., None]:
-        """`over`, or the results copied over x and residual."""
-        if self.over is not None:
-            return self.over(spec)
-        entry = self.entry(spec)
+        """`over` for x and residual of any strides: else the results are copied over them."""
+        entry, over = self.entry(spec), None if self.over is None else self.over(spec)
 
         def call(x: torch.Tensor, residual: torch.Tensor, *rest: object) -> None:
+            if over is not None and x.is_contiguous() and residual.is_contiguous():
+                over(x, residual, *rest)
+                return
             made: Any = entry(x, residual, *rest)
             x.copy_(made[0])
             residual.copy_(made[1])

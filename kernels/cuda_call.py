@@ -16,7 +16,7 @@ from fxpass.kernels import cuda_build, cuda_driver, cuda_source, gpu_rows, steps
 from fxpass.kernels.build_cache import Once
 from fxpass.kernels.cuda_launch import Prepared, empty_strided
 from fxpass.kernels.cuda_source import Schedule
-from fxpass.kernels.gpu_call import PLANS_MOST, addressed, check
+from fxpass.kernels.gpu_call import addressed, check, keep
 from fxpass.spec import NormSpec
 
 Tensor = torch.Tensor
@@ -148,10 +148,7 @@ class RowKernel:
                 if dtype is not None
             ],
         )
-        if len(self._plans) >= PLANS_MOST:
-            self._plans.clear()
-        self._plans[key] = plan
-        return plan
+        return keep(self._plans, key, plan)
 
 
 class _Plan(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -102,23 +103,8 @@ def entry(spec: NormSpec) -> Callable[..., Any]:
 
 
 def over(spec: NormSpec) -> Callable[..., None]:
-    """(x, residual, weight, bias, eps): the result over x, the sum over residual."""
-    call = entry(spec)
-
-    def write(
-        x: torch.Tensor,
-        residual: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        eps: float,
-    ) -> None:
-        dense = x.is_contiguous() and residual.is_contiguous()
-        out, total = call(x, residual, weight, bias, eps, dense)
-        if not dense:
-            x.copy_(out)
-            residual.copy_(total)
-
-    return write
+    """(x, residual, weight, bias, eps): the result over x, the sum over residual, contiguous."""
+    return functools.partial(entry(spec), over=True)
 
 
 def launch(

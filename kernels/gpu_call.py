@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 
 from fxpass.kernels import gpu_rows
@@ -10,8 +12,19 @@ from fxpass.spec import NormSpec
 Tensor = torch.Tensor
 
 PLANS_MOST = 4096
-"""Plans a kernel keeps; a model with more shapes starts over."""
+"""Plans a kernel keeps; a program with more shapes starts over."""
 _ROWS_MOST = 2**31 - 1  # blocks of one launch; the kernels count rows in 32 bits
+
+
+Plan = TypeVar("Plan")
+
+
+def keep(plans: dict[Any, Plan], key: Any, plan: Plan) -> Plan:
+    """Remember a plan for the calls after this one."""
+    if len(plans) >= PLANS_MOST:
+        plans.clear()
+    plans[key] = plan
+    return plan
 
 
 def check(

@@ -12,7 +12,7 @@ import torch
 
 from fxpass.kernels import gpu_rows, triton_source
 from fxpass.kernels.cuda_launch import empty_strided, on_device
-from fxpass.kernels.gpu_call import PLANS_MOST, addressed, check
+from fxpass.kernels.gpu_call import addressed, check, keep
 from fxpass.kernels.steps import single
 from fxpass.kernels.triton_launch import ALIGNED, Launch
 from fxpass.spec import NormSpec
@@ -69,9 +69,7 @@ class RowCall:
         plan = self._plans.get(key)
         if plan is None:
             plan = self._planned(x, residual, weight, bias, eps, at % ALIGNED == 0)
-            if len(self._plans) >= PLANS_MOST:
-                self._plans.clear()
-            self._plans[key] = plan
+            keep(self._plans, key, plan)
         with on_device(plan.device):
             made = [empty_strided(plan.device, *output) for output in plan.outputs]
             if plan.launch is not None:

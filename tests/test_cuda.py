@@ -309,7 +309,7 @@ def test_over_writes_to_the_inputs_if_they_are_contiguous(launches, monkeypatch,
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     given = inputs(spec, 6, 128)
     x = given.x if dense else torch.zeros(6, 256, dtype=given.x.dtype)[:, :128]
-    cuda_row.over(spec)(x, given.residual, given.weight, None, 1e-6)
+    cuda_row.KERNEL.overwriting(spec)(x, given.residual, given.weight, None, 1e-6)
     (launch,) = launches
     same = launch.args.out == launch.args.x, launch.args.sum == launch.args.residual
     assert same == (dense, dense)

@@ -10,7 +10,7 @@ import torch
 from fxpass import torch_dispatcher
 from fxpass.dtypes import is_exact_cast, short
 from fxpass.errors import FxpassError
-from fxpass.invariant.norms import invariant_kernel
+from fxpass.invariant.norms import PLAIN, RMS_ROW, invariant_kernel
 from fxpass.kernels.invariant import dispatch
 from fxpass.spec import NormSpec, Rounding, Step
 
@@ -18,7 +18,6 @@ Tensor = torch.Tensor
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _HERE = (torch.strided, True)
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _EPS = torch.finfo(torch.float32).eps
 _ORDERS = (Rounding.CAST_THEN_SCALE.value, Rounding.SCALE_THEN_CAST.value)
 _library: Any = getattr(torch.library, "Library")("fxpass", "FRAGMENT")  # noqa: B009 - untyped
@@ -68,7 +67,7 @@ def _is_watched(*tensors: Tensor | None) -> bool:
     """Whether somebody has to see an operator: a compiler, a mode, a tensor with its own ways."""
     if torch.compiler.is_compiling() or torch_dispatcher.is_traced():
         return True
-    return any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in tensors)
+    return any(t is not None and (type(t) not in PLAIN or t.is_meta) for t in tensors)
 
 
 def _spec_of(
@@ -106,10 +105,9 @@ def _spec(
         raise FxpassError(f"weight is {weight}, needs {x} for {rounding}")
     cast = [] if is_exact_cast(f32, x) else [Step("cast", x)]
     scale = [] if weight is None else [Step("mul_weight", x if early else f32)]
-    row = (Step("mean", f32), Step("add_eps", f32), Step("rsqrt", f32))
     return NormSpec(
         x=x,
-        row=row,
+        row=RMS_ROW,
         element=(Step("mul_row", f32), *(cast + scale if early else scale + cast)),
         residual=residual,
         sum=residual,

@@ -18,7 +18,10 @@ from fxpass.spec import NormSpec, Step
 
 Tensor = torch.Tensor
 _Launch = Callable[..., Any]
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Types without operators of their own."""
+RMS_ROW = tuple(Step(op, torch.float32) for op in ("mean", "add_eps", "rsqrt"))
+"""From a row's squares to its factor, as torch, Llama and Gemma compute it."""
 
 
 def layer_norm(
@@ -79,7 +82,7 @@ def rms_norm(
     tensors = [t for t in (input, weight) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return NotImplemented
-    if torch_dispatcher.is_traced() or any(type(t) not in _PLAIN or t.is_neg() for t in tensors):
+    if torch_dispatcher.is_traced() or any(type(t) not in PLAIN or t.is_neg() for t in tensors):
         return NotImplemented
     return _rms_norm(input, normalized_shape, weight, eps, ("out",))
 
@@ -118,8 +121,7 @@ def rms_spec(
     element = [Step("mul_row", f32)]
     element += [] if weight is None else [Step("mul_weight", f32)]
     element += [] if is_exact_cast(f32, x) else [Step("cast", x)]
-    row = (Step("mean", f32), Step("add_eps", f32), Step("rsqrt", f32))
-    return NormSpec(x=x, row=row, element=tuple(element), weight=weight, outputs=outputs)
+    return NormSpec(x=x, row=RMS_ROW, element=tuple(element), weight=weight, outputs=outputs)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fxpass.kernels.gpu_call import PLANS_MOST
+from fxpass.kernels.gpu_call import keep
 from fxpass.kernels.invariant.attention_plan import Plan
 from fxpass.kernels.triton_launch import ALIGNED
 
@@ -66,10 +66,8 @@ def attention(
     plan = _plans.get(key)
     if plan is None:
         _check(q, k, v, mask)
-        plan = Plan(q, k, v, mask, causal, scale, aligned=at % ALIGNED == 0)
-        if len(_plans) >= PLANS_MOST:
-            _plans.clear()
-        _plans[key] = plan
+        made = Plan(q, k, v, mask, causal, scale, aligned=at % ALIGNED == 0)
+        plan = keep(_plans, key, made)
     return plan(q, k, v, mask)
 
 

@@ -42,18 +42,17 @@ class Schedule(NamedTuple):
     """Whether each chunk is a program of its own."""
 
 
-def schedule(q: Tensor, k: Tensor, head: int, major: int = 9) -> Schedule:
+def schedule(q: Tensor, k: Tensor, head: int, one_tile: bool = False) -> Schedule:
     """For q (B, Hq, Lq, D) and k (B, Hkv, Lk, D); head: the larger of D and v's.
 
-    major: of an NVIDIA GPU's compute capability. 10 and 11 have one tile, since tcgen05 computes
-    large ones and mma small ones; elsewhere the bits of all tiles agree (measured on an H200).
+    one_tile: whether the bits of all tiles do not agree (on an H200 they do, measured).
     """
     batch, heads, lq, _ = q.shape
     group = heads // k.shape[1]
     most = 32 if q.dtype == torch.float32 else 64 if head > 128 else 128
     pack = group if lq < most else 1
     rows = pack * lq
-    least = most if major in (10, 11) else min(rows, most)
+    least = most if one_tile else min(rows, most)
     block_m = next(size for size in (16, 32, 64, 128) if size >= least)
     tiles = batch * (heads // pack) * -(-rows // block_m)
     split = rows <= 128 and tiles < _PROGRAMS_WANTED and k.shape[2] > CHUNK
@@ -78,7 +77,7 @@ class Plan:
         """See `attention_gpu.attention`; aligned: as of `Launch`."""
         batch, heads, lq, head = q.shape
         lk, wide = v.shape[2], v.shape[3]
-        self._device, self._mask_shape = q.get_device(), (*q.shape[:3], lk)
+        self._device = q.get_device()
         out = (batch, heads, lq, wide), (lq * heads * wide, wide, heads * wide, 1)
         self._out = (self._device, *out, q.dtype)
         self._lse = _memory(self._device, (batch, heads, lq))
@@ -91,9 +90,8 @@ class Plan:
             torch.empty(t.shape, dtype=t.dtype, device="meta") if copy else t
             for t, copy in zip((q, k, v), self._copies, strict=True)
         )
-        gpu = device_of(self._device)
-        major = gpu.major if gpu.family == "nvidia" else 0
-        found = schedule(q, k, max(head, wide), major)
+        one_tile = device_of(self._device).mixes_instructions
+        found = schedule(q, k, max(head, wide), one_tile)
         strides: tuple[int, ...] = out[1]
         if found.split:
             rows, chunks = batch * heads * lq, -(-lk // CHUNK)
@@ -103,7 +101,7 @@ class Plan:
             ]
             self._merge = _merge(rows, chunks, lq, heads, wide, strides, aligned)
             strides = dense(parts)[1:]
-        told = None if mask is None else mask.expand(self._mask_shape)
+        told = None if mask is None else mask.expand(*q.shape[:3], lk)
         scale = head**-0.5 if scale is None else scale
         self._tiles = _tiles(q, k, v, told, causal, scale, found, strides, aligned)
 

@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 
+from fxpass.kernels.gpu_call import keep
 from fxpass.kernels.invariant.mm_launch import Plan
 from fxpass.kernels.invariant.mm_plan import planned
 from fxpass.kernels.steps import single
 from fxpass.kernels.triton_launch import ALIGNED
 
 Tensor = torch.Tensor
-
-PLANS_MOST = 4096
-"""Plans that are kept; a program with more shapes starts over."""
 
 _plans: dict[Any, Plan] = {}
 
@@ -73,9 +71,7 @@ def matmul(
     plan = _plans.get(key)
     if plan is None:
         plan = planned(a, b, bias, out_dtype, tf32, at % ALIGNED == 0)
-        if len(_plans) >= PLANS_MOST:
-            _plans.clear()
-        _plans[key] = plan
+        keep(_plans, key, plan)
     if alpha == 1 and beta == 1:
         return plan(a, b, bias, 1.0, 1.0)
     return plan(a, b, bias, single(alpha), single(beta))

@@ -61,6 +61,11 @@ class Device(NamedTuple):
     shared: int
     """Most bytes of shared memory of a program."""
 
+    @property
+    def mixes_instructions(self) -> bool:
+        """Whether tcgen05 computes large tiles and mma small ones: all have one size then."""
+        return self.family == "nvidia" and self.major in (10, 11)
+
 
 Menu = tuple[tuple[int, Schedule], ...]
 """(microseconds that a multiprocessor needs for a tile with K = 4096, schedule)."""
@@ -101,8 +106,8 @@ def pick(device: Device, problem: Problem) -> Schedule:
         found = _one_tile(device, problem, 64)
     elif problem.exact:
         found = _exact(device, problem)
-    elif device.major in (10, 11):
-        found = _one_tile(device, problem, 128)  # tcgen05 for all, also where mma would do
+    elif device.mixes_instructions:
+        found = _one_tile(device, problem, 128)
     elif problem.m <= _FEW_ROWS:
         found = _few_rows(problem)
     else:

@@ -23,7 +23,7 @@ import torch
 
 from fxpass.kernels import gpu_rows
 from fxpass.kernels.cuda_launch import empty_strided, on_device
-from fxpass.kernels.gpu_call import PLANS_MOST, addressed
+from fxpass.kernels.gpu_call import addressed, keep
 from fxpass.kernels.triton_launch import ALIGNED, Launch
 
 Tensor = torch.Tensor
@@ -191,10 +191,7 @@ def _run(
     whole = (*key, aligned, x.get_device(), x.dtype, x.shape, x.stride())
     plan = _plans.get(whole)
     if plan is None:
-        plan = make(aligned)
-        if len(_plans) >= PLANS_MOST:
-            _plans.clear()
-        _plans[whole] = plan
+        plan = keep(_plans, whole, make(aligned))
     device = plan.device
     with on_device(device):
         made = [empty_strided(device, *output) for output in plan.outputs]
