@@ -6,6 +6,7 @@ Seen in torch 2.11 and 2.13. Inductor's and Dynamo's are in `torch_private.py`.
 from __future__ import annotations
 
 import collections
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -94,9 +95,25 @@ def _places(kernels: Kernels, keys: Sequence[str]) -> Iterator[tuple[str, str, A
         yield from ((name, key, make) for key in keys if everywhere or has(full, key))
 
 
-def tf32_allowed() -> bool:
-    """Whether the user lets float32 products on a GPU round their inputs to TF32."""
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+def tf32_allowed(backend: str = "cuda.matmul") -> bool:
+    """Whether the user lets float32 products on a GPU round their inputs to TF32.
+
+    torch asks `cuda.matmul` for products and `cudnn.conv` for convolutions.
+    """
+    settings: Any = operator.attrgetter(backend)(torch.backends)
+    return bool(settings.fp32_precision == "tf32")
+
+
+def convolution_is_channels_last(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, windows: Sequence[Any]
+) -> bool:
+    """Whether torch gives the result of aten::convolution with its channels innermost.
+
+    That depends on the strides of both operands and on the library it takes.
+    """
+    backend = torch._C._select_conv_backend(input, weight, bias, *windows)
+    found = torch._C._conv_determine_backend_memory_format(input, weight, backend)
+    return bool(found in (torch.channels_last, torch.channels_last_3d))
 
 
 def is_traced() -> bool:

@@ -42,13 +42,13 @@ MODULES = """
     kernels.invariant.reduce_gpu
     kernels.invariant.attention_triton kernels.invariant.attention_plan
     kernels.invariant.attention_gpu
-    kernels.invariant.dispatch
+    kernels.invariant.convolve kernels.invariant.dispatch
     platforms fusable layout copies select traffic plan ops
     fused lowering
     verify rewrite sampling html_table report tables remembered modules printing
     diff diff_text diff_svg diff_html diff_view
     pipeline capture ledger artifacts
-    invariant invariant.aten invariant.products invariant.reductions invariant.norms
+    invariant invariant.aten invariant.products invariant.convolutions invariant.reductions invariant.norms
     invariant.add_norm
     invariant.attention invariant.attention_grad invariant.attention_op invariant.pointwise
     invariant.table invariant.mode invariant.library invariant.compiled

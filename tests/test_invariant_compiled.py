@@ -29,7 +29,7 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype)
 
 
-W, BIAS = matrix(40, 64), matrix(40)
+W, BIAS, FILTERS = matrix(40, 64), matrix(40), matrix(8, 5, 3)
 
 OPS = {
     "mm": lambda x: x[:, 0] @ W.to(x.dtype).t(),
@@ -59,6 +59,16 @@ OPS = {
         *(x.unflatten(2, (4, 16)).transpose(1, 2),) * 3, is_causal=True
     ),
     "group_norm": lambda x: F.group_norm(x.mT, 4),
+    "conv1d": lambda x: F.conv1d(x, FILTERS.to(x.dtype), W[0, :8].to(x.dtype), padding=1),
+    "conv1d of each channel": lambda x: F.conv1d(x, FILTERS[:5, :1].to(x.dtype), groups=5),
+    "conv2d with channels innermost": lambda x: F.conv2d(
+        x.unflatten(2, (8, 8)).to(memory_format=torch.channels_last),
+        FILTERS.unsqueeze(-1).to(x.dtype),
+        stride=2,
+    ),
+    "conv_transpose1d": lambda x: F.conv_transpose1d(
+        x, FILTERS[:5].to(x.dtype), stride=2, output_padding=1
+    ),
 }
 
 

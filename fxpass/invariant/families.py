@@ -52,7 +52,7 @@ GENERATED = Family(
 CONVOLUTION = Family(
     "convolution",
     "cuDNN and oneDNN pick an algorithm by shape",
-    "convolutions are not replaced; prove the model",
+    "no invariant kernel for this overload or dtype",
 )
 RECURRENT = Family(
     "recurrent",
@@ -115,6 +115,8 @@ _MEASURABLE = (
     PRODUCT, REDUCTION, ATTENTION, POINTWISE, CONVOLUTION, RECURRENT, SCATTER, TRANSFORM, OPAQUE,
     SERVING,
 )  # fmt: skip
+
+_REPLACED = (PRODUCT, REDUCTION, ATTENTION, CONVOLUTION, POINTWISE)
 
 _BY_NAME: dict[str, Family] = {
     **dict.fromkeys(
@@ -262,11 +264,12 @@ def is_measurable(family: Family, operator: Any) -> bool:
 
 def mode_does(family: Family, operator: Any, values: Sequence[torch.Tensor]) -> str:
     """What the mode does about a call of a family: `replaced` or why not."""
-    if family in (PRODUCT, REDUCTION, ATTENTION, POINTWISE):
+    if family in _REPLACED:
         key = _key(operator)
         device = next((v.device.type for v in values), "cpu")
         floats = [v for v in values if _rounds(v)]
-        fits = device in dispatch.DEVICES and all(v.dtype in dispatch.FLOATS for v in floats)
+        product = family in (PRODUCT, ATTENTION, CONVOLUTION)
+        fits = device in dispatch.DEVICES and all(dispatch.takes(v, product) for v in floats)
         known = {**LEAVES, **COMPOSITES, **(CPU_POINTWISE if device == "cpu" else {})}
         if fits and key in known:
             return "replaced"

@@ -15,6 +15,7 @@ import torch
 from fxpass.invariant import attention_op
 from fxpass.invariant.attention import attend
 from fxpass.kernels.invariant import dispatch
+from fxpass.kernels.invariant.convolve import Windows
 
 Tensor = torch.Tensor
 
@@ -27,6 +28,11 @@ _MATMUL = (
 _SCHEMAS = {
     "matmul": _MATMUL,
     "grouped_matmul": "bi_grouped_matmul(Tensor a, Tensor b, Tensor ends) -> Tensor",
+    "convolution": (
+        "bi_convolution(Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding,"
+        " SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups,"
+        " bool channels_last, bool tf32) -> Tensor"
+    ),
     "row_sum": "bi_row_sum(Tensor x, ScalarType dtype) -> Tensor",
     "row_mean": "bi_row_mean(Tensor x, ScalarType dtype) -> Tensor",
     "row_norm": "bi_row_norm(Tensor x, float p, ScalarType dtype) -> Tensor",
@@ -60,6 +66,13 @@ def _matmul(
         a, b, bias, alpha=alpha, beta=beta, out_dtype=out_dtype, tf32=tf32
     )
     return found
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *given: Any) -> Tensor:
+    *windows, channels_last, tf32 = given
+    return dispatch.convolution(
+        x, weight, bias, Windows(*windows), channels_last=channels_last, tf32=tf32
+    )
 
 
 def _row_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -101,6 +114,7 @@ def _row_cumsum(x: Tensor, dtype: torch.dtype) -> Tensor:
 calls: dict[str, Callable[..., Any]] = {
     "matmul": _matmul,
     "grouped_matmul": dispatch.grouped_matmul,
+    "convolution": _convolution,
     "row_sum": _row_sum,
     "row_mean": _row_mean,
     "row_norm": _row_norm,
@@ -132,6 +146,14 @@ def _fake_grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[2])
 
 
+def _fake_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *given: Any) -> Tensor:
+    *windows, channels_last, _ = given
+    channels, *sizes = Windows(*windows).sizes(x.shape, weight.shape)
+    if channels_last:
+        return x.new_empty(x.shape[0], *sizes, channels).movedim(-1, 1)
+    return x.new_empty(x.shape[0], channels, *sizes)
+
+
 def _fake_row(x: Tensor, *given: Any) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=given[-1])
 
@@ -158,6 +180,7 @@ def _fake_cumsum(x: Tensor, dtype: torch.dtype) -> Tensor:
 _FAKES: dict[str, Callable[..., Any]] = {
     "matmul": _fake_matmul,
     "grouped_matmul": _fake_grouped,
+    "convolution": _fake_convolution,
     "row_softmax": _fake_softmax,
     "row_var_mean": _fake_var_mean,
     "row_layer_norm": _fake_layer_norm,
@@ -239,6 +262,7 @@ def _op_row(name: str) -> Callable[..., Any]:
 OPERATORS = SimpleNamespace(
     matmul=_op_matmul,
     grouped_matmul=PACKETS["grouped_matmul"],
+    convolution=PACKETS["convolution"],
     attention=_op_attention,
     row_norm=_op_norm,
     row_softmax=_op_softmax,

@@ -54,7 +54,7 @@ class Unknown:
     """One call of an operator whose rows may follow the batch."""
 
     operator: str
-    """`aten.convolution.default`."""
+    """`aten.avg_pool2d.default`."""
     source: str
     """`file:line` of the code that called it."""
     reason: str

@@ -9,6 +9,7 @@ from fxpass.invariant import (
     attention,
     attention_grad,
     attention_op,
+    convolutions,
     norms,
     pointwise,
     products,
@@ -48,6 +49,11 @@ _PRODUCTS: dict[str, Operator] = {
     "_grouped_mm": products.grouped_mm,
     "_addmm_activation": products.addmm_activation,
     "_addmm_activation.out": into(products.addmm_activation),
+}
+
+_CONVOLUTIONS: dict[str, Operator] = {
+    "convolution": convolutions.convolution,
+    "convolution.out": into(convolutions.convolution),
 }
 
 _REDUCTIONS: dict[str, Operator] = {
@@ -98,7 +104,7 @@ _ATTENTION: dict[str, Operator] = {
     "_scaled_dot_product_cudnn_attention": attention.cudnn,
 }
 
-LEAVES = MappingProxyType({**_PRODUCTS, **_REDUCTIONS, **_NORMS, **_ATTENTION})
+LEAVES = MappingProxyType({**_PRODUCTS, **_CONVOLUTIONS, **_REDUCTIONS, **_NORMS, **_ATTENTION})
 """Replaced at the CPU and CUDA keys, below autograd. A name is `packet` or `packet.overload`."""
 
 COMPOSITES: Mapping[str, Operator] = MappingProxyType(

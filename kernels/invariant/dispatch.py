@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fxpass.kernels.invariant.convolve import Windows, convolve
+
 Tensor = torch.Tensor
 
 DEVICES = ("cpu", "cuda")
@@ -133,6 +135,25 @@ def grouped_matmul(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
             out[start:end] = matmul(a[start:end], b[group])
         start = end
     return out
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    windows: Windows,
+    *,
+    channels_last: bool,
+    tf32: bool = False,
+) -> Tensor:
+    """aten::convolution (see `convolve`): (N, O, *S'), contiguous or with the channels innermost."""
+    if _through.operators is not None:
+        traced: Tensor = _through.operators.convolution(
+            x, weight, bias, *windows, channels_last, tf32
+        )
+        return traced
+    made = convolve(x, weight, bias, windows, functools.partial(matmul, tf32=tf32)).movedim(-1, 1)
+    return made if channels_last else made.contiguous()
 
 
 def row_sum(x: Tensor, *, dtype: torch.dtype) -> Tensor:

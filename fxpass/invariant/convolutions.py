@@ -1,0 +1,81 @@
+"""Convolutions of one, two and three dims, plain and transposed: aten::convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fxpass import torch_dispatcher
+from fxpass.invariant.aten import is_empty
+from fxpass.kernels.invariant import dispatch
+from fxpass.kernels.invariant.convolve import Windows
+from fxpass.torch_private import statically_known_true
+
+Tensor = torch.Tensor
+
+
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Any:
+    """aten::convolution, in the memory format torch gives its result."""
+    rank = weight.dim() - 2
+    windows = Windows(
+        *(_each(values, rank) for values in (stride, padding, dilation)),
+        transposed,
+        _each(output_padding, rank),
+        groups,
+    )
+    if not _fits(input, weight, bias, windows):
+        return NotImplemented
+    last = torch_dispatcher.convolution_is_channels_last(input, weight, bias, windows)
+    return dispatch.convolution(input, weight, bias, windows, channels_last=last, tf32=_tf32(input))
+
+
+def _each(values: Sequence[int], rank: int) -> tuple[int, ...]:
+    """One value per dim; ATen takes a single one for all."""
+    return tuple(values) * rank if len(values) == 1 else tuple(values)
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, windows: Windows) -> bool:
+    """Whether torch would take these, and we have a kernel for them."""
+    rank = weight.dim() - 2
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    if not 1 <= rank <= 3 or x.dim() != weight.dim() or any(is_empty(t) for t in tensors):
+        return False
+    if any((t.dtype, t.device) != (x.dtype, x.device) for t in tensors):
+        return False
+    if not all(dispatch.takes(t, product=True) for t in tensors):
+        return False
+    given = (windows.stride, windows.padding, windows.dilation, windows.output_padding)
+    if any(len(values) != rank for values in given):
+        return False
+    if min(windows.stride) < 1 or min(windows.dilation) < 1 or min(windows.padding) < 0:
+        return False
+    return _sizes_fit(x, weight, bias, windows)
+
+
+def _sizes_fit(x: Tensor, weight: Tensor, bias: Tensor | None, windows: Windows) -> bool:
+    groups = windows.groups
+    if groups < 1 or weight.shape[0] % groups:
+        return False
+    channels = weight.shape[0] if windows.transposed else weight.shape[1] * groups
+    made, *sizes = windows.sizes(x.shape, weight.shape)
+    return (
+        x.shape[1] == channels
+        and (bias is None or (bias.dim() == 1 and bias.shape[0] == made))
+        and not any(statically_known_true(size < 1) for size in sizes)
+    )
+
+
+def _tf32(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_cuda and torch_dispatcher.tf32_allowed("cudnn.conv")

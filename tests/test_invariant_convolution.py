@@ -1,0 +1,144 @@
+"""Convolutions in the mode: torch's results, of samples that do not know each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from invariant_convolution_cases import CASES, LAYOUTS, check, laid_out, tensors
+
+import fxpass
+from fxpass.invariant.recorder import Recorder
+from fxpass.kernels.invariant import convolve
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def name(case) -> str:
+    rank, transposed, groups, geometry = case
+    return f"{'transposed ' * transposed}{rank}d {geometry} {groups} groups"
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_beside_torch(case, layout: str) -> None:
+    check(case, layout, F32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, BF16])
+@pytest.mark.parametrize("case", CASES[::5], ids=name)
+def test_dtypes(case, dtype: torch.dtype) -> None:
+    check(case, "contiguous", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, BF16, F32])
+@pytest.mark.parametrize("case", CASES[::3], ids=name)
+def test_on_a_gpu(case, dtype: torch.dtype) -> None:
+    for layout in LAYOUTS:
+        check(case, layout, dtype, "cuda")
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_any_geometry(data) -> None:
+    rank = data.draw(st.integers(1, 3))
+    each = lambda low, high: [data.draw(st.integers(low, high)) for _ in range(rank)]  # noqa: E731
+    kernel, stride, padding, dilation = each(1, 4), each(1, 3), each(0, 3), each(1, 2)
+    transposed, groups = data.draw(st.booleans()), data.draw(st.sampled_from([1, 2, 3]))
+    inside, outside = groups * data.draw(st.integers(1, 3)), groups * data.draw(st.integers(1, 3))
+    x = torch.randn(3, inside, *each(1, 7))
+    shape = (inside, outside // groups) if transposed else (outside, inside // groups)
+    weight = torch.randn(*shape, *kernel)
+    more = [data.draw(st.integers(0, s - 1)) for s in stride] if transposed else [0] * rank
+    arguments = (None, stride, padding, dilation, transposed, more, groups)
+
+    def run(x, weight):
+        try:
+            return torch.ops.aten.convolution(x, weight, *arguments)
+        except RuntimeError as error:
+            return str(error)
+
+    wanted = run(x, weight)
+    with fxpass.batch_invariant_mode():
+        found = run(x, weight)
+        if isinstance(found, str):
+            assert found == wanted, "torch's own refusal"
+            return
+        if not found.numel():
+            return  # torch's, which takes some empty results and refuses others
+        assert torch.equal(run(x[1:2], weight), found[1:2])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[29]], ids=name)
+def test_parts_of_the_windows(case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of all windows at once, of a sample at a time, and of lines of one."""
+    (x, weight, bias), arguments = tensors(*case, BF16)
+    call = torch.ops.aten.convolution.default
+    with fxpass.batch_invariant_mode():
+        wanted = call(x, weight, bias, *arguments)
+        for size in (10_000, 2_000, 1):
+            monkeypatch.setattr(convolve, "_BLOCK_BYTES", size)
+            assert torch.equal(call(x, weight, bias, *arguments), wanted)
+
+
+def test_what_calls_it() -> None:
+    x, weight = torch.randn(2, 6, 9), torch.randn(4, 6, 3)
+    calls = {
+        "same": lambda: F.conv1d(x, weight, padding="same"),
+        "one sample": lambda: F.conv1d(x[0], weight),
+        "layer": lambda: torch.nn.Conv2d(6, 4, (3, 1), padding_mode="circular", padding=(1, 0)).eval()(
+            x.unsqueeze(-1)
+        ),
+        "transposed": lambda: F.conv_transpose1d(x, weight.transpose(0, 1), stride=2),
+    }
+    for name, call in calls.items():
+        torch.manual_seed(0)
+        wanted = call()
+        torch.manual_seed(0)
+        with torch.no_grad(), fxpass.batch_invariant_mode(), Recorder() as found:
+            torch.testing.assert_close(call(), wanted, rtol=1e-4, atol=1e-4)
+        assert not found.unknown, name
+
+
+def test_gradients() -> None:
+    (x, weight, bias), arguments = tensors(2, False, 2, "strided and dilated", F32)
+    given = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def gradients():
+        return torch.autograd.grad(torch.ops.aten.convolution(*given, *arguments).sin().sum(), given)
+
+    wanted = gradients()
+    with fxpass.batch_invariant_mode():
+        found = gradients()
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_compiled(layout: str) -> None:
+    """Strides as torch gives them, eager mode's bits, and a gradient."""
+    (x, weight, bias), arguments = tensors(2, False, 1, "same size", F32)
+    x = laid_out(x, layout)
+    torch._dynamo.reset()
+    fxpass.reset_report()
+    options = {"batch_invariant": True, "strict": True}
+    call = torch.compile(
+        lambda x, w: torch.ops.aten.convolution(x, w, bias, *arguments),
+        backend=fxpass.rmsnorm_backend, options=options,
+    )  # fmt: skip
+    with torch.no_grad():
+        found = call(x, weight)
+        assert fxpass.last_report().invariant == {"fxpass.bi_convolution": 1}
+        assert found.stride() == torch.ops.aten.convolution(x, weight, bias, *arguments).stride()
+        with fxpass.batch_invariant_mode():
+            wanted = torch.ops.aten.convolution(x, weight, bias, *arguments)
+        assert torch.equal(found, wanted)
+    weight.requires_grad_()
+    (found,) = torch.autograd.grad(call(x, weight).sin().sum(), weight)
+    plain = torch.ops.aten.convolution(x, weight, bias, *arguments)
+    (wanted,) = torch.autograd.grad(plain.sin().sum(), weight)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
