@@ -42,14 +42,15 @@ MODULES = """
     kernels.invariant.reduce_gpu
     kernels.invariant.attention_triton kernels.invariant.attention_plan
     kernels.invariant.attention_gpu
-    kernels.invariant.convolve kernels.invariant.dispatch
+    kernels.invariant.convolve kernels.invariant.solve_triton kernels.invariant.solve
+    kernels.invariant.dispatch
     platforms fusable layout copies select traffic plan ops
     fused lowering
     verify rewrite sampling html_table report tables remembered modules printing
     diff diff_text diff_svg diff_html diff_view
     pipeline capture ledger artifacts
-    invariant invariant.aten invariant.products invariant.convolutions invariant.reductions invariant.norms
-    invariant.add_norm
+    invariant invariant.aten invariant.products invariant.solves invariant.convolutions
+    invariant.reductions invariant.norms invariant.add_norm
     invariant.attention invariant.attention_grad invariant.attention_op invariant.pointwise
     invariant.table invariant.mode invariant.library invariant.compiled
     hooks backend

@@ -90,9 +90,9 @@ def test_what_calls_it() -> None:
     calls = {
         "same": lambda: F.conv1d(x, weight, padding="same"),
         "one sample": lambda: F.conv1d(x[0], weight),
-        "layer": lambda: torch.nn.Conv2d(6, 4, (3, 1), padding_mode="circular", padding=(1, 0)).eval()(
-            x.unsqueeze(-1)
-        ),
+        "layer": lambda: torch.nn.Conv2d(
+            6, 4, (3, 1), padding_mode="circular", padding=(1, 0)
+        ).eval()(x.unsqueeze(-1)),
         "transposed": lambda: F.conv_transpose1d(x, weight.transpose(0, 1), stride=2),
     }
     for name, call in calls.items():
@@ -109,7 +109,9 @@ def test_gradients() -> None:
     given = [t.requires_grad_() for t in (x, weight, bias)]
 
     def gradients():
-        return torch.autograd.grad(torch.ops.aten.convolution(*given, *arguments).sin().sum(), given)
+        return torch.autograd.grad(
+            torch.ops.aten.convolution(*given, *arguments).sin().sum(), given
+        )
 
     wanted = gradients()
     with fxpass.batch_invariant_mode():

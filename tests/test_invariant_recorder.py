@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fxpass
+from fxpass.invariant import recorder
 from fxpass.invariant.recorder import Recorder
 
 torch.manual_seed(0)
@@ -19,10 +20,10 @@ def recorded(call, *args, **kwargs) -> Recorder:
 
 
 def test_what_varies_is_listed_with_its_line() -> None:
-    x = torch.randn(2, 3, 8, 8)
-    found = recorded(lambda: F.avg_pool2d(x, 3))
+    x = torch.randn(2, 3)
+    found = recorded(lambda: x.prod(-1))
     (unknown,) = found.unknown
-    assert unknown.operator == "aten.avg_pool2d.default"
+    assert unknown.operator == "aten.prod.dim_int"
     assert "test_invariant_recorder.py:" in str(unknown)
 
 
@@ -32,6 +33,63 @@ def test_a_call_that_the_mode_leaves_to_torch_is_listed() -> None:
     y = torch.randn(3, 4).bfloat16()
     (unknown,) = recorded(lambda: torch.add(y, y, alpha=0.3)).unknown
     assert "alpha" in unknown.reason
+
+
+WINDOWS = {
+    "avg_pool2d": lambda x: F.avg_pool2d(x, 3, 2, 1),
+    "avg_pool3d": lambda x: F.avg_pool3d(x.float().unsqueeze(2), (1, 3, 3)),
+    "_adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, (3, 2)),
+    "_adaptive_avg_pool3d": lambda x: F.adaptive_avg_pool3d(x.unsqueeze(2), (1, 3, 2)),
+    "max_pool3d_with_indices": lambda x: F.max_pool3d(x.unsqueeze(2), (1, 2, 2)),
+    "upsample_linear1d": lambda x: F.interpolate(x.flatten(2), size=131, mode="linear"),
+    "upsample_bilinear2d": lambda x: F.interpolate(x, size=(13, 17), mode="bilinear"),
+    "upsample_trilinear3d": lambda x: F.interpolate(
+        x.unsqueeze(2), size=(2, 13, 7), mode="trilinear"
+    ),
+    "upsample_bicubic2d": lambda x: F.interpolate(x, size=(13, 17), mode="bicubic"),
+    "_upsample_bilinear2d_aa": lambda x: F.interpolate(
+        x.float(), size=(5, 6), mode="bilinear", antialias=True
+    ),
+    "_upsample_bicubic2d_aa": lambda x: F.interpolate(
+        x.float(), size=(5, 6), mode="bicubic", antialias=True
+    ),
+    "grid_sampler_3d": lambda x: F.grid_sample(
+        x.float().unsqueeze(2), grid(x.float()), align_corners=True
+    ),
+    "im2col": lambda x: F.unfold(x, 3, padding=1),
+    "col2im": lambda x: F.fold(F.unfold(x, 3, padding=1), x.shape[2:], 3, padding=1),
+    "log_sigmoid_forward": F.logsigmoid,
+    "index_add": lambda x: x.new_zeros(len(x), 50).index_add(
+        1, torch.arange(60, device=x.device) * 7 % 50, x.flatten(1)[:, :60]
+    ),
+}
+
+
+def grid(x: torch.Tensor) -> torch.Tensor:
+    """Places in and around a volume, the same for every one."""
+    return torch.linspace(-1.1, 1.1, 105).view(1, 1, 5, 7, 3).to(x).expand(len(x), -1, -1, -1, -1)
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_is_known_to_have_one_order(name: str, device: str) -> None:
+    if name == "index_add" and device == "cuda":
+        pytest.skip("atomic there, and listed")
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((9, 3, 9, 11), (3, 33, 31, 37), (7, 1, 10, 10)):
+            x = torch.randn(shape).to(device, dtype)
+            for layout in (torch.contiguous_format, torch.channels_last):
+                given = x.contiguous(memory_format=layout)
+                whole = WINDOWS[name](given)
+                for rows in (slice(0, 1), slice(1, 3), slice(-1, None)):
+                    assert torch.equal(WINDOWS[name](given[rows]), whole[rows]), (dtype, shape)
+    found = recorded(lambda: WINDOWS[name](x))
+    assert found.seen[f"aten.{name}.default"] or f"aten.{name}.vec" in found.seen
+    assert found.unknown == []
+
+
+def test_every_operator_of_a_window_is_tried() -> None:
+    assert {*recorder.WINDOWS} - {*WINDOWS} == {"_weight_norm_interface"}
 
 
 def test_outside_the_mode_reductions_are_listed() -> None:

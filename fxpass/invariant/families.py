@@ -67,7 +67,7 @@ SCATTER = Family(
 TRANSFORM = Family(
     "linear algebra",
     "the library picks an algorithm by batch",
-    "factorisations and transforms are not replaced; prove the model",
+    "only triangular systems in float32 and float64 are replaced; prove the model",
 )
 MIXING = Family("mixes rows", "the result is made of all rows", "mixes rows by its meaning")
 RANDOM = Family(
@@ -116,7 +116,7 @@ _MEASURABLE = (
     SERVING,
 )  # fmt: skip
 
-_REPLACED = (PRODUCT, REDUCTION, ATTENTION, CONVOLUTION, POINTWISE)
+_REPLACED = (PRODUCT, REDUCTION, ATTENTION, CONVOLUTION, TRANSFORM, POINTWISE)
 
 _BY_NAME: dict[str, Family] = {
     **dict.fromkeys(

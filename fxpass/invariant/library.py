@@ -33,6 +33,7 @@ _SCHEMAS = {
         " SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups,"
         " bool channels_last, bool tf32) -> Tensor"
     ),
+    "solve_lower": "bi_solve_lower(Tensor a, Tensor b, bool unit) -> Tensor",
     "row_sum": "bi_row_sum(Tensor x, ScalarType dtype) -> Tensor",
     "row_mean": "bi_row_mean(Tensor x, ScalarType dtype) -> Tensor",
     "row_norm": "bi_row_norm(Tensor x, float p, ScalarType dtype) -> Tensor",
@@ -115,6 +116,7 @@ calls: dict[str, Callable[..., Any]] = {
     "matmul": _matmul,
     "grouped_matmul": dispatch.grouped_matmul,
     "convolution": _convolution,
+    "solve_lower": dispatch.solve_lower,
     "row_sum": _row_sum,
     "row_mean": _row_mean,
     "row_norm": _row_norm,
@@ -181,6 +183,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "matmul": _fake_matmul,
     "grouped_matmul": _fake_grouped,
     "convolution": _fake_convolution,
+    "solve_lower": lambda a, b, unit: b.new_empty(b.shape),
     "row_softmax": _fake_softmax,
     "row_var_mean": _fake_var_mean,
     "row_layer_norm": _fake_layer_norm,
@@ -263,6 +266,7 @@ OPERATORS = SimpleNamespace(
     matmul=_op_matmul,
     grouped_matmul=PACKETS["grouped_matmul"],
     convolution=PACKETS["convolution"],
+    solve_lower=PACKETS["solve_lower"],
     attention=_op_attention,
     row_norm=_op_norm,
     row_softmax=_op_softmax,

@@ -14,6 +14,7 @@ from fxpass.invariant import (
     pointwise,
     products,
     reductions,
+    solves,
 )
 from fxpass.invariant.aten import Operator, in_place, into
 
@@ -49,6 +50,11 @@ _PRODUCTS: dict[str, Operator] = {
     "_grouped_mm": products.grouped_mm,
     "_addmm_activation": products.addmm_activation,
     "_addmm_activation.out": into(products.addmm_activation),
+}
+
+_SOLVES: dict[str, Operator] = {
+    "linalg_solve_triangular": solves.solve_triangular,
+    "linalg_solve_triangular.out": into(solves.solve_triangular),
 }
 
 _CONVOLUTIONS: dict[str, Operator] = {
@@ -104,7 +110,9 @@ _ATTENTION: dict[str, Operator] = {
     "_scaled_dot_product_cudnn_attention": attention.cudnn,
 }
 
-LEAVES = MappingProxyType({**_PRODUCTS, **_CONVOLUTIONS, **_REDUCTIONS, **_NORMS, **_ATTENTION})
+LEAVES = MappingProxyType(
+    {**_PRODUCTS, **_SOLVES, **_CONVOLUTIONS, **_REDUCTIONS, **_NORMS, **_ATTENTION}
+)
 """Replaced at the CPU and CUDA keys, below autograd. A name is `packet` or `packet.overload`."""
 
 COMPOSITES: Mapping[str, Operator] = MappingProxyType(

@@ -8,9 +8,9 @@ way the order depends on the weight's shape alone, and the bias is added before 
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ MatMul = Callable[..., Tensor]
 
 _BLOCK_BYTES = 1 << 26
 """Windows overlap, so their copies are larger than the input; more than this is done in parts."""
+_CACHED_BYTES = 1 << 20
+"""On a CPU, sums that every tap adds to stay in a cache: up to 3 times as fast as all at once."""
 
 
 class Windows(NamedTuple):
@@ -48,9 +50,10 @@ class Windows(NamedTuple):
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, windows: Windows, matmul: MatMul
 ) -> Tensor:
-    """x (N, C, *S), weight (O, C / groups, *K) or (C, O / groups, *K) transposed -> (N, *S', O).
+    """The result (N, *S', O), contiguous and in x's dtype.
 
-    Contiguous, in x's dtype. `matmul(a, b, bias)` is an invariant product.
+    x (N, C, *S); weight (O, C / groups, *K), or (C, O / groups, *K) if transposed; bias (O,).
+    `matmul(a, b, bias)` is an invariant product.
     """
     pads = [(pad, pad) for pad in windows.padding]
     stride, groups = windows.stride, windows.groups
@@ -82,9 +85,7 @@ def _turned_around(
     return spread, flipped.transpose(1, 2).flatten(0, 1), pads
 
 
-def _windows(
-    x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
+def _windows(x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
     """A view (N, C, *S', *K) of a padded input."""
     for dim, (size, step, gap) in enumerate(zip(weight.shape[2:], stride, dilation, strict=True)):
         x = x.unfold(2 + dim, gap * (size - 1) + 1, step)[..., ::gap]
@@ -109,24 +110,26 @@ def _by_products(
             return matmul(rows[0], filters[0], shift).view(*shape, -1)
         return matmul(rows, filters, shift).view(groups, *shape, -1).movedim(0, -2).flatten(-2)
 
-    blocks = list(_blocks(windows.shape, rank, windows.element_size()))
+    samples, firsts = windows.shape[0], windows.shape[2]
+    copied = windows[0].numel() * windows.element_size()
+    blocks = list(_blocks(samples, firsts, copied, _BLOCK_BYTES))
     if len(blocks) == 1:
         return results(windows).contiguous()
     out = windows.new_empty(windows.shape[0], *windows.shape[2 : 2 + rank], weight.shape[0])
-    for samples, firsts in blocks:
-        out[samples, firsts] = results(windows[samples, :, firsts])
+    for some, lines in blocks:
+        out[some, lines] = results(windows[some, :, lines])
     return out
 
 
-def _blocks(shape: Sequence[int], rank: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
-    """Parts of the samples and of the first spatial dim, so that a copy of each stays small."""
-    samples, firsts = shape[0], shape[2]
-    sample = math.prod(shape[1:]) * itemsize
-    some = max(1, _BLOCK_BYTES // sample)
-    lines = firsts if sample <= _BLOCK_BYTES else max(1, _BLOCK_BYTES * firsts // sample)
-    for sample_at in range(0, samples, some):
-        for first_at in range(0, firsts, lines):
-            yield slice(sample_at, sample_at + some), slice(first_at, first_at + lines)
+def _blocks(
+    samples: int, firsts: int, sample_bytes: int, limit: int
+) -> Iterator[tuple[slice, slice]]:
+    """Parts of the samples and of their first spatial dim, so that each takes `limit` bytes."""
+    some = max(1, limit // sample_bytes)
+    lines = firsts if sample_bytes <= limit else max(1, limit * firsts // sample_bytes)
+    for sample in range(0, samples, some):
+        for first in range(0, firsts, lines):
+            yield slice(sample, sample + some), slice(first, first + lines)
 
 
 def _by_taps(
@@ -138,17 +141,23 @@ def _by_taps(
 ) -> Tensor:
     """One filter a channel, or several: sums of shifted inputs."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    windows = _windows(x.movedim(1, -1).contiguous().movedim(-1, 1), weight, stride, dilation)
-    taps = weight.to(wide).flatten(2).unbind(-1)
     rank, copies = weight.dim() - 2, weight.shape[0] // x.shape[1]
-    total: Any = None
-    for tap, shifted in zip(taps, windows.flatten(2 + rank).unbind(-1), strict=True):
-        values = shifted.movedim(1, -1).to(wide)
-        if copies > 1:
-            values = values.repeat_interleave(copies, -1)
-        term = values * tap[:, 0]
-        total = term if total is None else total.add_(term)
-    if bias is not None:
-        total += bias.to(wide)
-    made: Tensor = total.to(x.dtype)
-    return made.contiguous()
+    values = x.movedim(1, -1).to(wide, memory_format=torch.contiguous_format)
+    if copies > 1:
+        values = values.repeat_interleave(copies, -1)
+    shifts = _windows(values.movedim(-1, 1), weight, stride, dilation).movedim(1, 1 + rank)
+    out = x.new_empty(shifts.shape[: 2 + rank])
+    filters = weight.to(wide)[:, 0].movedim(0, -1).contiguous()
+    taps = list(itertools.product(*map(range, weight.shape[2:])))
+    sample = out[0].numel() * values.element_size()
+    limit = _CACHED_BYTES if x.device.type == "cpu" else _BLOCK_BYTES
+    for block in _blocks(*out.shape[:2], sample, limit):
+        total, shifted = None, shifts[block]
+        for tap in taps:
+            if total is None:
+                total = shifted[(..., *tap)] * filters[tap]
+                term = torch.empty_like(total)  # once: fresh memory costs more than the product
+            else:
+                total += torch.mul(shifted[(..., *tap)], filters[tap], out=term)
+        out[block] = total if bias is None else total.add_(bias.to(wide))
+    return out

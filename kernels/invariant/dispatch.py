@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fxpass.kernels.invariant import solve
 from fxpass.kernels.invariant.convolve import Windows, convolve
 
 Tensor = torch.Tensor
@@ -146,7 +147,7 @@ def convolution(
     channels_last: bool,
     tf32: bool = False,
 ) -> Tensor:
-    """aten::convolution (see `convolve`): (N, O, *S'), contiguous or with the channels innermost."""
+    """aten::convolution (see `convolve`): (N, O, *S'), contiguous or with channels innermost."""
     if _through.operators is not None:
         traced: Tensor = _through.operators.convolution(
             x, weight, bias, *windows, channels_last, tf32
@@ -154,6 +155,14 @@ def convolution(
         return traced
     made = convolve(x, weight, bias, windows, functools.partial(matmul, tf32=tf32)).movedim(-1, 1)
     return made if channels_last else made.contiguous()
+
+
+def solve_lower(a: Tensor, b: Tensor, unit: bool) -> Tensor:
+    """The x with a @ x = b for lower triangles a (B, N, N); b and x (B, N, K). See `solve`."""
+    if _through.operators is not None:
+        traced: Tensor = _through.operators.solve_lower(a, b, unit)
+        return traced
+    return solve.solve_lower(a, b, unit, matmul)
 
 
 def row_sum(x: Tensor, *, dtype: torch.dtype) -> Tensor:
