@@ -6,6 +6,7 @@ import gc
 import threading
 import warnings
 from collections.abc import Callable
+from random import Random
 
 import pytest
 import torch
@@ -341,3 +342,39 @@ def test_powers_of_strided_elements(dtype: torch.dtype) -> None:
             whole = x**exponent
             for part in (torch.stack([x, x], -1)[:, 0], x[1:], x[-1:]):
                 assert torch.equal(part**exponent, whole[-len(part) :]), exponent
+
+
+def _operand(random: Random, shape: list[int]) -> torch.Tensor:
+    """Contiguous, permuted, strided, expanded or to be broadcast."""
+    order = random.sample(range(len(shape)), len(shape))
+    back = [order.index(dim) for dim in range(len(shape))]
+    kind = random.choice(["contiguous", "permuted", "strided", "expanded", "broadcast"])
+    if kind == "contiguous":
+        return torch.rand(shape) + 0.1
+    if kind in ("permuted", "strided"):
+        step = 2 if kind == "strided" else 1
+        whole = torch.rand([step * shape[dim] for dim in order]) + 0.1
+        return whole[(slice(None, None, step),) * len(shape)].permute(back)
+    fewer = torch.rand([random.choice([1, size]) for size in shape]) + 0.1
+    return fewer.expand(shape) if kind == "expanded" else fewer
+
+
+@pytest.mark.parametrize(
+    ("call", "count"),
+    [(torch.pow, 2), (torch.atan2, 2), (torch.logaddexp, 2), (F.silu, 1), (F.glu, 1)],
+    ids=["pow", "atan2", "logaddexp", "silu", "glu"],
+)
+def test_strides_of_any_operands(call, count: int) -> None:
+    random = Random(count)
+    for _ in range(150):
+        shape = [random.randint(1, 5) for _ in range(random.randint(2, 4))]
+        shape[-1] = 4
+        given = [_operand(random, shape) for _ in range(count)]
+        if call is F.glu and given[0].shape[-1] == 1:
+            continue
+        wanted = call(*given)
+        with fxpass.batch_invariant_mode():
+            found = call(*given)
+        places = [(tuple(t.shape), t.stride()) for t in given]
+        assert (found.shape, found.stride()) == (wanted.shape, wanted.stride()), places
+        assert torch.allclose(found, wanted), places

@@ -9,6 +9,7 @@ without gaps, the tail filled up to one. Which operators it takes was measured (
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,24 +99,29 @@ def _whole_vectors(overload: Any, functional: Any) -> Operator:
         order = None
         if functional is not aten.pow.Scalar:  # whose result torch makes contiguous
             order = _memory_order(tensors if out is None else [*tensors, out])
-        if order is not None:  # else every operand would be copied: transposed ones took 9 times
-            turned = [a.permute(order) if any(a is t for t in tensors) else a for a in args]
-            more = {} if out is None or in_place else {out_name: out.permute(order)}
-            made = call(*turned, **kwargs, **more)
-            if made is NotImplemented:  # torch's own, of contiguous tensors: its gelu asks for that
-                made = overload(*turned, **kwargs, **more)
-            first = tensors[0]
-            return made.as_strided(first.shape, first.stride()) if out is None else out
-        made = _evaluate(functional, args, kwargs, tensors)
-        if out is None or made is NotImplemented:
-            return made
-        if not out.numel():
-            out.resize_(made.shape)
-        if out.shape != made.shape or not torch.can_cast(made.dtype, out.dtype):
-            return NotImplemented
-        return out.copy_(made)
+        if order is None:
+            return _written(_evaluate(functional, args, kwargs, tensors), out)
+        # As they lie in memory, or every operand would be copied: transposed ones took 9 times.
+        turned = [a.permute(order) if any(a is t for t in tensors) else a for a in args]
+        more = {} if out is None or in_place else {out_name: out.permute(order)}
+        made = call(*turned, **kwargs, **more)
+        if made is NotImplemented:  # torch's own, of contiguous tensors: its gelu asks for that
+            made = overload(*turned, **kwargs, **more)
+        shape = tensors[0].shape
+        return made.as_strided(shape, _strides(shape, tensors)) if out is None else out
 
     return call
+
+
+def _written(made: Any, out: Tensor | None) -> Any:
+    """A result in `out`, if there is one that torch would take."""
+    if out is None or made is NotImplemented:
+        return made
+    if not out.numel():
+        out.resize_(made.shape)
+    if out.shape != made.shape or not torch.can_cast(made.dtype, out.dtype):
+        return NotImplemented
+    return out.copy_(made)
 
 
 def _takes(x: Tensor) -> bool:
@@ -130,7 +136,7 @@ def _is_whole(tensors: list[Tensor], out: Tensor | None) -> bool:
     return whole_part(first.numel()) == first.numel()
 
 
-def _memory_order(tensors: list[Tensor]) -> list[int] | None:
+def _memory_order(tensors: Sequence[Tensor]) -> list[int] | None:
     """The order of dims in which all are contiguous; None if there is none, or nothing to order."""
     first = tensors[0]
     kind = first.shape, first.stride()
@@ -168,8 +174,9 @@ def _evaluate(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> A
         tail = function(*_cut(flat, whole, total), **kwargs)
         parts.append(tail[: total - whole])
     made = parts[0] if len(parts) == 1 else torch.cat(parts)
+    made = made.view(shape)
     # torch.pow(2.0, x) is contiguous whatever x is.
-    return _laid_out(made.view(shape), [] if function is aten.pow.Scalar else tensors)
+    return made if function is aten.pow.Scalar else _laid_out(made, tensors)
 
 
 def _cut(flat: list[Any], start: int, stop: int) -> list[Any]:
@@ -185,12 +192,24 @@ def _cut(flat: list[Any], start: int, stop: int) -> list[Any]:
     return [piece(value) for value in flat]
 
 
-def _laid_out(made: Tensor, tensors: list[Tensor]) -> Tensor:
-    """The result with the strides torch gives it: those of the first operand of its shape."""
-    like = next((t for t in tensors if t.shape == made.shape), None)
-    if like is None or like.is_contiguous():
+def _laid_out(made: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """The result with the strides torch gives one of these operands."""
+    strides = _strides(made.shape, tensors)
+    if strides == made.stride():
         return made
-    return torch.empty_like(like, dtype=made.dtype).copy_(made)
+    return torch.empty_strided(made.shape, strides, dtype=made.dtype).copy_(made)
+
+
+def _strides(shape: torch.Size, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """What at::TensorIterator gives a result: the operands decide, and no dtype or operator."""
+    if all(t.shape == shape for t in tensors):  # as in its compute_fast_setup_type
+        for form in (torch.contiguous_format, torch.channels_last)[: 2 if len(shape) == 4 else 1]:
+            if all(t.is_contiguous(memory_format=form) for t in tensors):
+                return torch.empty(shape, device="meta", memory_format=form).stride()
+        if _memory_order(tensors) is not None:
+            return tensors[0].stride()
+    shadows = [torch.empty_strided(t.shape, t.stride(), device="meta") for t in tensors]
+    return (torch.add(*shadows) if len(shadows) == 2 else torch.neg(*shadows)).stride()
 
 
 def _glu(overload: Any) -> Operator:
@@ -207,6 +226,6 @@ def _glu(overload: Any) -> Operator:
         if whole < count:
             tail = torch.stack(_cut(list(pairs), whole, count))
             parts.append(aten.glu(tail, 0)[0][: count - whole])
-        return _laid_out(torch.cat(parts).view(halves[0].shape), [self, halves[0]])
+        return _laid_out(torch.cat(parts).view(halves[0].shape), halves)
 
     return call
