@@ -6,8 +6,9 @@ Seen in torch 2.11 and 2.13. Inductor's and Dynamo's are in `torch_private.py`.
 from __future__ import annotations
 
 import collections
+import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,10 +66,11 @@ def override(leaves: Kernels, on_cpu: Kernels, composites: Kernels) -> Callable[
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "Overriding a previously registered kernel"
             devices = ("CPU", "CUDA") if torch.cuda.is_available() else ("CPU",)
-            places = [*_places(leaves, devices), *_places(on_cpu, ("CPU",))]
-            for name, key, make in places:
-                library.impl(name, key, make(kernel(f"aten::{name}", key)), True)
-                ours.append(kernel(f"aten::{name}", key))
+            for kernels, keys in ((leaves, devices), (on_cpu, ("CPU",))):
+                for name, key in _places(tuple(kernels), keys):
+                    made = kernels[name](kernel(f"aten::{name}", key))
+                    library.impl(name, key, made, True)
+                    ours.append(kernel(f"aten::{name}", key))
             for name, make in composites.items():
                 made = make(kernel(f"aten::{name}", "CPU"))
                 library.impl(name, "CompositeImplicitAutograd", made, True)
@@ -84,15 +86,18 @@ def override(leaves: Kernels, on_cpu: Kernels, composites: Kernels) -> Callable[
     return take_back
 
 
-def _places(kernels: Kernels, keys: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
-    """(overload, dispatch key, kernel) where an operator has a kernel of its own below autograd."""
+@functools.cache
+def _places(names: tuple[str, ...], keys: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(overload, dispatch key) where an operator has a kernel of its own below autograd."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    for name, make in kernels.items():
+    found = []
+    for name in names:
         full = f"aten::{name}"
         if not torch._C._dispatch_has_kernel(full):
             continue
         everywhere = any(has(full, f"CompositeExplicitAutograd{s}") for s in ("", "NonFunctional"))
-        yield from ((name, key, make) for key in keys if everywhere or has(full, key))
+        found += [(name, key) for key in keys if everywhere or has(full, key)]
+    return found
 
 
 def tf32_allowed(backend: str = "cuda.matmul") -> bool:

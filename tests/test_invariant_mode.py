@@ -366,7 +366,7 @@ def _operand(random: Random, shape: list[int]) -> torch.Tensor:
 )
 def test_strides_of_any_operands(call, count: int) -> None:
     random = Random(count)
-    for _ in range(150):
+    for _ in range(300):
         shape = [random.randint(1, 5) for _ in range(random.randint(2, 4))]
         shape[-1] = 4
         given = [_operand(random, shape) for _ in range(count)]

@@ -30,7 +30,9 @@ def convolution(
     """aten::convolution, in the memory format torch gives its result."""
     rank = weight.dim() - 2
     windows = Windows(
-        *(_each(values, rank) for values in (stride, padding, dilation)),
+        _each(stride, rank),
+        _each(padding, rank),
+        _each(dilation, rank),
         transposed,
         _each(output_padding, rank),
         groups,

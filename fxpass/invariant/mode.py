@@ -94,6 +94,8 @@ def batch_invariant_mode(enabled: bool = True) -> Iterator[None]:
 
     Can be nested and used as a decorator; what autograd runs for a `backward()` called inside is
     included. `enabled=False` leaves the mode for a while, but not one that `enable` started.
+    The outermost entry registers every replacement, which takes about 8 ms: around a loop it is
+    cheaper than inside.
     """
     before = torch_dispatcher.thread_value(_KEY)
     _registered.acquire()

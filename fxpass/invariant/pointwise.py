@@ -8,6 +8,7 @@ without gaps, the tail filled up to one. Which operators it takes was measured (
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -46,6 +47,7 @@ def table() -> dict[str, Operator]:
     return found
 
 
+@functools.cache
 def tensors_at(name: str) -> tuple[int, ...]:
     """Which arguments of an overload are tensors."""
     packet, _, overload = name.partition(".")

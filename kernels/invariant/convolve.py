@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +76,10 @@ def _turned_around(
     """
     sizes = [(s - 1) * t + 1 for s, t in zip(x.shape[2:], windows.stride, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *sizes)
-    spread[(..., *(slice(None, None, t) for t in windows.stride))] = x
-    flipped = weight.flip(list(range(2, weight.dim()))).unflatten(0, (windows.groups, -1))
+    inside: Any = (..., *(slice(None, None, t) for t in windows.stride))
+    spread[inside] = x
+    flipped = weight.flip(list(range(2, weight.dim())))
+    flipped = flipped.view(windows.groups, -1, *weight.shape[1:])
     sides = zip(
         windows.padding, windows.dilation, weight.shape[2:], windows.output_padding, strict=True
     )
@@ -101,7 +103,7 @@ def _by_products(
 
     def results(part: Tensor) -> Tensor:
         """Of some windows: (N, *S', O)."""
-        split = part.unflatten(1, (groups, -1))
+        split = part.view(part.shape[0], groups, -1, *part.shape[2:])
         spatial = range(3, 3 + rank)
         rows = split.permute(1, 0, *spatial, 2, *range(3 + rank, split.dim()))
         shape = rows.shape[1 : 2 + rank]
@@ -147,17 +149,23 @@ def _by_taps(
         values = values.repeat_interleave(copies, -1)
     shifts = _windows(values.movedim(-1, 1), weight, stride, dilation).movedim(1, 1 + rank)
     out = x.new_empty(shifts.shape[: 2 + rank])
-    filters = weight.to(wide)[:, 0].movedim(0, -1).contiguous()
-    taps = list(itertools.product(*map(range, weight.shape[2:])))
+    taps = list(_taps(weight.to(wide)))
     sample = out[0].numel() * values.element_size()
     limit = _CACHED_BYTES if x.device.type == "cpu" else _BLOCK_BYTES
-    for block in _blocks(*out.shape[:2], sample, limit):
-        total, shifted = None, shifts[block]
-        for tap in taps:
-            if total is None:
-                total = shifted[(..., *tap)] * filters[tap]
-                term = torch.empty_like(total)  # once: fresh memory costs more than the product
-            else:
-                total += torch.mul(shifted[(..., *tap)], filters[tap], out=term)
-        out[block] = total if bias is None else total.add_(bias.to(wide))
+    for block in _blocks(out.shape[0], out.shape[1], sample, limit):
+        part = shifts[block]
+        total = part[taps[0][0]] * taps[0][1]
+        term = torch.empty_like(total)  # once: fresh memory costs more than the product
+        for place, factors in taps[1:]:
+            total += torch.mul(part[place], factors, out=term)
+        if bias is not None:
+            total += bias.to(wide)
+        out[block] = total
     return out
+
+
+def _taps(weight: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    """Of weight (O, 1, *K): an index of its last dims and the factors of all channels there."""
+    for tap in itertools.product(*map(range, weight.shape[2:])):
+        place: Any = (..., *tap)
+        yield place, weight[place][:, 0].contiguous()
