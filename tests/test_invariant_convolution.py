@@ -35,10 +35,14 @@ def test_dtypes(case, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, BF16, F32])
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("case", CASES[::3], ids=name)
-def test_on_a_gpu(case, dtype: torch.dtype) -> None:
+def test_on_a_gpu(case, dtype: torch.dtype, precision: str, monkeypatch) -> None:
+    if precision == "tf32" and dtype != F32:
+        pytest.skip("a question of float32 alone")
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
     for layout in LAYOUTS:
-        check(case, layout, dtype, "cuda")
+        check(case, layout, dtype, "cuda", 2.0**-10 if precision == "tf32" else 0.0)
 
 
 @settings(max_examples=60)
