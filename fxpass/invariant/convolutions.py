@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,6 +63,9 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, windows: Windows) -> b
     if any(len(values) != rank for values in given):
         return False
     if min(windows.stride) < 1 or min(windows.dilation) < 1 or min(windows.padding) < 0:
+        return False
+    most = map(max, windows.stride, windows.dilation)
+    if windows.transposed and not all(map(operator.lt, windows.output_padding, most)):
         return False
     return _sizes_fit(x, weight, bias, windows)
 

@@ -25,7 +25,7 @@ def solve_triangular(
         return NotImplemented
     if not left:
         turned = solve_triangular(self.mT, B.mT, upper=not upper, unitriangular=unitriangular)
-        return turned if turned is NotImplemented else turned.contiguous().mT
+        return turned if turned is NotImplemented else by_columns(turned.mT)
     if not _fits(self, B):
         return NotImplemented
     try:
@@ -36,8 +36,12 @@ def solve_triangular(
     if upper:
         a, b = a.flip(-2, -1), b.flip(-2)
     made = dispatch.solve_lower(a, b, unitriangular)
-    made = (made.flip(-2) if upper else made).reshape(*batch, *B.shape[-2:])
-    return made.mT.contiguous().mT
+    return by_columns((made.flip(-2) if upper else made).reshape(*batch, *B.shape[-2:]))
+
+
+def by_columns(x: Tensor) -> Tensor:
+    """A copy whose columns are contiguous, strides of dims of one element included."""
+    return x.mT.clone(memory_format=torch.contiguous_format).mT
 
 
 def _fits(a: Tensor, b: Tensor) -> bool:

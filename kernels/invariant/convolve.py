@@ -1,14 +1,17 @@
 """Convolutions as products: every window of the input is a row.
 
 A result is the product of its window, flattened as the weight is in memory, with the weight, added
-up in the order the product has for that length; where every channel has its own filter (depthwise),
-the taps' products are rounded to float32 one by one and added in the order of the weight. Either
-way the order depends on the weight's shape alone, and the bias is added before the one rounding.
+up in the order the product has for that length. A transposed convolution multiplies every element
+by the taps and adds what falls together, in the order of the taps. Where few filters read one
+channel (depthwise), the taps' products are rounded to float32 and added one by one. Each order
+depends on the weight's shape per group alone; the bias is added before the one rounding. Zeros that
+pad the input are multiplied like any others.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +25,10 @@ _BLOCK_BYTES = 1 << 26
 """Windows overlap, so their copies are larger than the input; more than this is done in parts."""
 _CACHED_BYTES = 1 << 20
 """On a CPU, sums that every tap adds to stay in a cache: up to 3 times as fast as all at once."""
+_FEW_FILTERS = 8
+"""Of one channel: below that products are slower than sums of taps."""
+_COLUMNS = 256
+"""Of a product of a transposed convolution, which takes as many taps at once."""
 
 
 class Windows(NamedTuple):
@@ -53,51 +60,28 @@ def convolve(
     """The result (N, *S', O), contiguous and in x's dtype.
 
     x (N, C, *S); weight (O, C / groups, *K), or (C, O / groups, *K) if transposed; bias (O,).
-    `matmul(a, b, bias)` is an invariant product.
+    `matmul(a, b, bias, out_dtype=...)` is an invariant product.
     """
-    pads = [(pad, pad) for pad in windows.padding]
-    stride, groups = windows.stride, windows.groups
+    channels, *sizes = windows.sizes(x.shape, weight.shape)
+    if not x.numel():
+        return x.new_empty(x.shape[0], *sizes, channels)
     if windows.transposed:
-        x, weight, pads = _turned_around(x, weight, windows)
-        stride = [1] * len(pads)
-    if any(pair != (0, 0) for pair in pads):
-        x = F.pad(x, [side for pair in reversed(pads) for side in pair])
-    if groups > 1 and weight.shape[1] == 1:
-        return _by_taps(x, weight, bias, stride, windows.dilation)
-    return _by_products(_windows(x, weight, stride, windows.dilation), weight, bias, groups, matmul)
+        return _transposed(x, weight, bias, windows, sizes, matmul)
+    if any(windows.padding):
+        x = F.pad(x, [pad for pad in reversed(windows.padding) for _ in range(2)])
+    if weight.shape[1] == 1 and weight.shape[0] // windows.groups < _FEW_FILTERS:
+        return _by_taps(x, weight, bias, windows)
+    return _by_products(x, weight, bias, windows, matmul)
 
 
-def _turned_around(
-    x: Tensor, weight: Tensor, windows: Windows
-) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """A transposed convolution as a plain one of stride 1: input with zeros between, pads to match.
-
-    The weight's taps change their order and its channels their places.
-    """
-    sizes = [(s - 1) * t + 1 for s, t in zip(x.shape[2:], windows.stride, strict=True)]
-    spread = x.new_zeros(*x.shape[:2], *sizes)
-    inside: Any = (..., *(slice(None, None, t) for t in windows.stride))
-    spread[inside] = x
-    flipped = weight.flip(list(range(2, weight.dim())))
-    flipped = flipped.view(windows.groups, -1, *weight.shape[1:])
-    sides = zip(
-        windows.padding, windows.dilation, weight.shape[2:], windows.output_padding, strict=True
-    )
-    pads = [(d * (k - 1) - p, d * (k - 1) - p + more) for p, d, k, more in sides]
-    return spread, flipped.transpose(1, 2).flatten(0, 1), pads
-
-
-def _windows(x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """A view (N, C, *S', *K) of a padded input."""
-    for dim, (size, step, gap) in enumerate(zip(weight.shape[2:], stride, dilation, strict=True)):
-        x = x.unfold(2 + dim, gap * (size - 1) + 1, step)[..., ::gap]
-    return x
+# ---- One product a window ------------------------------------------------------------------------
 
 
 def _by_products(
-    windows: Tensor, weight: Tensor, bias: Tensor | None, groups: int, matmul: MatMul
+    x: Tensor, weight: Tensor, bias: Tensor | None, windows: Windows, matmul: MatMul
 ) -> Tensor:
-    count, rank = weight[0].numel(), weight.dim() - 2
+    groups, count, rank = windows.groups, weight[0].numel(), weight.dim() - 2
+    views = _views(x, weight, windows)
     filters = weight.reshape(groups, -1, count).contiguous().mT
     shift = bias if bias is None or groups == 1 else bias.view(groups, 1, -1)
 
@@ -112,47 +96,52 @@ def _by_products(
             return matmul(rows[0], filters[0], shift).view(*shape, -1)
         return matmul(rows, filters, shift).view(groups, *shape, -1).movedim(0, -2).flatten(-2)
 
-    samples, firsts = windows.shape[0], windows.shape[2]
-    copied = windows[0].numel() * windows.element_size()
-    blocks = list(_blocks(samples, firsts, copied, _BLOCK_BYTES))
+    sizes = (x.shape[0], *views.shape[2 : 2 + rank])
+    copied = math.prod(views.shape[1:]) * views.element_size()
+    blocks = list(_blocks(sizes, copied, _BLOCK_BYTES))
     if len(blocks) == 1:
-        return results(windows).contiguous()
-    out = windows.new_empty(windows.shape[0], *windows.shape[2 : 2 + rank], weight.shape[0])
-    for some, lines in blocks:
-        out[some, lines] = results(windows[some, :, lines])
+        return results(views).contiguous()
+    out = x.new_empty(*sizes, weight.shape[0])
+    for block in blocks:
+        out[block] = results(views[(block[0], slice(None), *block[1:])])
     return out
 
 
-def _blocks(
-    samples: int, firsts: int, sample_bytes: int, limit: int
-) -> Iterator[tuple[slice, slice]]:
-    """Parts of the samples and of their first spatial dim, so that each takes `limit` bytes."""
+def _views(x: Tensor, weight: Tensor, windows: Windows) -> Tensor:
+    """A view (N, C, *S', *K) of a padded input."""
+    every = zip(weight.shape[2:], windows.stride, windows.dilation, strict=True)
+    for dim, (size, step, gap) in enumerate(every):
+        x = x.unfold(2 + dim, gap * (size - 1) + 1, step)[..., ::gap]
+    return x
+
+
+def _blocks(sizes: Sequence[int], sample_bytes: int, limit: int) -> Iterator[Any]:
+    """Indices of parts of the samples, and of the longest dim after them, of `limit` bytes each."""
+    samples, *spatial = sizes
     some = max(1, limit // sample_bytes)
-    lines = firsts if sample_bytes <= limit else max(1, limit * firsts // sample_bytes)
+    longest = max(spatial)
+    lines = longest if sample_bytes <= limit else max(1, limit * longest // sample_bytes)
+    at = spatial.index(longest)
     for sample in range(0, samples, some):
-        for first in range(0, firsts, lines):
-            yield slice(sample, sample + some), slice(first, first + lines)
+        for first in range(0, longest, lines):
+            index = [slice(None)] * len(spatial)
+            index[at] = slice(first, first + lines)
+            yield (slice(sample, sample + some), *index)
 
 
-def _by_taps(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """One filter a channel, or several: sums of shifted inputs."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rank, copies = weight.dim() - 2, weight.shape[0] // x.shape[1]
-    values = x.movedim(1, -1).to(wide, memory_format=torch.contiguous_format)
-    if copies > 1:
-        values = values.repeat_interleave(copies, -1)
-    shifts = _windows(values.movedim(-1, 1), weight, stride, dilation).movedim(1, 1 + rank)
+# ---- One sum of taps a result --------------------------------------------------------------------
+
+
+def _by_taps(x: Tensor, weight: Tensor, bias: Tensor | None, windows: Windows) -> Tensor:
+    """Few filters a channel: sums of shifted inputs."""
+    wide, rank = _wide(x), weight.dim() - 2
+    values = _last(x, wide, weight.shape[0])
+    shifts = _views(values.movedim(-1, 1), weight, windows).movedim(1, 1 + rank)
     out = x.new_empty(shifts.shape[: 2 + rank])
-    taps = list(_taps(weight.to(wide)))
-    sample = out[0].numel() * values.element_size()
+    taps = [(place, weight.to(wide)[place][:, 0].contiguous()) for place in _places(weight)]
+    sample = math.prod(out.shape[1:]) * values.element_size()
     limit = _CACHED_BYTES if x.device.type == "cpu" else _BLOCK_BYTES
-    for block in _blocks(out.shape[0], out.shape[1], sample, limit):
+    for block in _blocks(out.shape[:-1], sample, limit):
         part = shifts[block]
         total = part[taps[0][0]] * taps[0][1]
         term = torch.empty_like(total)  # once: fresh memory costs more than the product
@@ -164,8 +153,76 @@ def _by_taps(
     return out
 
 
-def _taps(weight: Tensor) -> Iterator[tuple[Any, Tensor]]:
-    """Of weight (O, 1, *K): an index of its last dims and the factors of all channels there."""
-    for tap in itertools.product(*map(range, weight.shape[2:])):
-        place: Any = (..., *tap)
-        yield place, weight[place][:, 0].contiguous()
+def _places(weight: Tensor) -> Iterator[Any]:
+    """The taps in order, as indices of the last dims."""
+    return ((..., *tap) for tap in itertools.product(*map(range, weight.shape[2:])))
+
+
+def _last(x: Tensor, wide: torch.dtype, channels: int) -> Tensor:
+    """The input (N, *S, channels), every channel as often as filters read it."""
+    values = x.movedim(1, -1).to(wide, memory_format=torch.contiguous_format)
+    copies = channels // x.shape[1]
+    return values.repeat_interleave(copies, -1) if copies > 1 else values
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ---- Transposed ----------------------------------------------------------------------------------
+
+
+def _transposed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    windows: Windows,
+    sizes: Sequence[int],
+    matmul: MatMul,
+) -> Tensor:
+    """What every element gives each tap, added where it falls."""
+    wide, channels = _wide(x), weight.shape[1] * windows.groups
+    reach = zip(x.shape[2:], weight.shape[2:], windows.stride, windows.dilation, strict=True)
+    whole = [(s - 1) * t + d * (k - 1) + 1 for s, k, t, d in reach]
+    ends = [pad + size for pad, size in zip(windows.padding, sizes, strict=True)]
+    total = x.new_zeros(x.shape[0], *map(max, whole, ends), channels, dtype=wide)
+    for tap, term in _terms(x, weight, windows.groups, wide, matmul):
+        every = zip(tap, windows.dilation, windows.stride, x.shape[2:], strict=True)
+        at: Any = tuple(slice(k * d, k * d + (s - 1) * t + 1, t) for k, d, t, s in every)
+        total[(slice(None), *at)] += term
+    inside: Any = tuple(slice(p, end) for p, end in zip(windows.padding, ends, strict=True))
+    made = total[(slice(None), *inside)]
+    if bias is not None:
+        made += bias.to(wide)
+    return made.to(x.dtype).contiguous()
+
+
+def _terms(
+    x: Tensor, weight: Tensor, groups: int, wide: torch.dtype, matmul: MatMul
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """(tap, what all elements give it: (N, *S, O) unrounded), in the order of the taps."""
+    inside, outside = weight.shape[0] // groups, weight.shape[1]
+    taps = list(itertools.product(*map(range, weight.shape[2:])))
+    if inside == 1 and outside < _FEW_FILTERS:
+        values, factors = _last(x, wide, outside * groups), weight.to(wide).flatten(2)
+        for place, tap in enumerate(taps):
+            yield tap, values * factors[..., place].flatten()
+        return
+    rows = x.movedim(1, -1).reshape(-1, groups, inside).transpose(0, 1).contiguous()
+    shape = (x.shape[0], *x.shape[2:], groups * outside)
+    filters = weight.reshape(groups, inside, outside, -1)
+    several = max(1, _COLUMNS // outside)
+    for first in range(0, len(taps), several):
+        some = filters[..., first : first + several].transpose(2, 3).flatten(2)
+        made = _product(rows, some.contiguous(), wide, matmul)
+        made = made.view(groups, len(rows[0]), -1, outside).permute(2, 1, 0, 3)
+        for tap, term in zip(taps[first:], made, strict=False):
+            yield tap, term.reshape(shape)
+
+
+def _product(rows: Tensor, filters: Tensor, wide: torch.dtype, matmul: MatMul) -> Tensor:
+    """(G, M, K) @ (G, K, N) in the wide dtype; of one group as a product of two matrices."""
+    out_dtype = None if rows.dtype == wide else wide
+    if len(rows) == 1:
+        return matmul(rows[0], filters[0], None, out_dtype=out_dtype).unsqueeze(0)
+    return matmul(rows, filters, None, out_dtype=out_dtype)

@@ -154,7 +154,8 @@ def convolution(
         )
         return traced
     made = convolve(x, weight, bias, windows, functools.partial(matmul, tf32=tf32)).movedim(-1, 1)
-    return made if channels_last else made.contiguous()
+    # Not .contiguous(), which keeps the strides of dims of one element.
+    return made if channels_last else made.clone(memory_format=torch.contiguous_format)
 
 
 def solve_lower(a: Tensor, b: Tensor, unit: bool) -> Tensor:
