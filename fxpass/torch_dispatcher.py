@@ -121,6 +121,12 @@ def convolution_is_channels_last(
     return bool(found in (torch.channels_last, torch.channels_last_3d))
 
 
+def suggested_format(x: torch.Tensor) -> torch.memory_format:
+    """The memory format that torch's operators give the result for an input's strides."""
+    found: torch.memory_format = torch._prims_common.suggest_memory_format(x)
+    return found
+
+
 def is_traced() -> bool:
     """Whether a mode or a transform watches operators: then composite ones should open up."""
     return bool(torch._C._len_torch_dispatch_stack()) or is_transformed()

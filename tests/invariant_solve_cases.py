@@ -8,7 +8,7 @@ import torch
 
 import fxpass
 
-SHAPES = ((7, 5, 4), (3, 64, 33), (5, 1, 1), (4, 100, 3), (3, 130, 7))
+SHAPES = ((7, 5, 4), (3, 64, 33), (5, 1, 1), (4, 9, 1), (4, 1, 9), (4, 100, 3), (3, 130, 7))
 """Systems, unknowns, right-hand sides."""
 KINDS = tuple(itertools.product((False, True), (True, False), (False, True)))
 """upper, left, unitriangular."""

@@ -19,17 +19,20 @@ REACH_THE_TABLE = frozenset(
     native_layer_norm.out native_group_norm.out var_mean.correction_out std_mean.correction_out
     _grouped_mm.out var var.dim var.out std std.dim std.out var_mean var_mean.dim std_mean
     std_mean.dim _scaled_dot_product_flash_attention.quantized linear.out matmul.out
-    scaled_dot_product_attention.out""".split()
+    scaled_dot_product_attention.out convolution_backward.out _weight_norm_interface.out
+    upsample_bilinear2d.vec upsample_bilinear2d.vec_out upsample_trilinear3d.vec
+    upsample_trilinear3d.vec_out""".split()
 )
 OTHERS = frozenset(
-    # By names of dims, of TorchScript's own types, or composites of the above.
+    # By names of dims, of TorchScript's own types, with three results to write, or composites of
+    # the above.
     """sum.DimnameList_out sum.dim_DimnameList sum.DimnameList mean.names_dim mean.names_out
     norm.names_ScalarOpt_dim norm.names_ScalarOpt_dim_dtype norm.names_dtype_out norm.names_out
     logsumexp.names logsumexp.names_out cumsum.dimname cumsum.dimname_out cumsum_.dimname
     var.names_dim var.names_out var.correction_names var.correction_names_out std.names_dim
     std.names_out std.correction_names std.correction_names_out var_mean.names_dim
     var_mean.correction_names std_mean.names_dim std_mean.correction_names
-    sum.int sum.float sum.complex sum.bool""".split()
+    sum.int sum.float sum.complex sum.bool native_batch_norm.out""".split()
 )
 
 

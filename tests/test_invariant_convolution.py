@@ -74,6 +74,7 @@ def test_any_geometry(data) -> None:
         if not found.numel():
             return  # torch's, which takes some empty results and refuses others
         assert torch.equal(run(x[1:2], weight), found[1:2])
+    assert found.stride() == wanted.stride()
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -106,6 +107,68 @@ def test_what_calls_it() -> None:
         with torch.no_grad(), fxpass.batch_invariant_mode(), Recorder() as found:
             torch.testing.assert_close(call(), wanted, rtol=1e-4, atol=1e-4)
         assert not found.unknown, name
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_rows_of_the_input_s_gradient(transposed: bool, groups: int) -> None:
+    (x, weight, bias), arguments = tensors(
+        2, transposed, groups, "strided and dilated", F32, samples=16
+    )
+
+    def gradient(count: int) -> torch.Tensor:
+        given = x[:count].clone().requires_grad_()
+        made = torch.ops.aten.convolution(given, weight, bias, *arguments)
+        return torch.autograd.grad(made, given, made.detach().cos())[0]
+
+    wanted = gradient(16)
+    with fxpass.batch_invariant_mode(), Recorder() as found:
+        whole = gradient(16)
+        for count in (1, 3):
+            assert torch.equal(gradient(count), whole[:count])
+    assert not found.unknown
+    assert whole.stride() == wanted.stride()
+    torch.testing.assert_close(whole, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_images_of_one_channel_and_of_one_element() -> None:
+    """Strides of dims of one element decide what the next layer calls channels innermost."""
+    x = torch.randn(2, 3, 8, 8)
+    nets = [
+        torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Conv2d(1, 8, 3)),
+        torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8), torch.nn.ConvTranspose2d(4, 6, 4)),
+    ]
+    for net in nets:
+        with torch.no_grad():
+            wanted = net(x).view(2, -1)
+            with fxpass.batch_invariant_mode():
+                torch.testing.assert_close(net(x).view(2, -1), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_filters_of_each_sample() -> None:
+    """A batch in the place of groups, as vmap makes it."""
+    for channels in (1, 8):
+        x, weight = torch.randn(4, channels, 9, 9), torch.randn(4, 6, channels, 3, 3)
+        each = torch.func.vmap(lambda a, b: F.conv2d(a[None], b)[0])
+        with fxpass.batch_invariant_mode():
+            whole = each(x, weight)
+            assert torch.equal(each(x[:1], weight[:1]), whole[:1])
+            assert torch.equal(F.conv2d(x[2:3], weight[2]), whole[2:3])
+
+
+def test_no_samples_in_a_compiled_graph() -> None:
+    torch._dynamo.reset()
+    weight = torch.randn(4, 3, 3, 3)
+    options = {"batch_invariant": True, "strict": True}
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.no_grad():
+        call = torch.compile(
+            lambda x: F.conv2d(x[x[:, 0, 0, 0] > 0], weight),
+            backend=fxpass.rmsnorm_backend, fullgraph=True, options=options,
+        )  # fmt: skip
+        x = torch.rand(2, 3, 8, 8)
+        assert call(-x).shape == (0, 4, 6, 6)
+        with fxpass.batch_invariant_mode():
+            assert torch.equal(call(x), F.conv2d(x, weight))
 
 
 def test_gradients() -> None:

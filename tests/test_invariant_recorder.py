@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import fxpass
 from fxpass.invariant import recorder
 from fxpass.invariant.recorder import Recorder
+from fxpass.invariant.table import LEAVES
 
 torch.manual_seed(0)
 
@@ -59,6 +60,9 @@ WINDOWS = {
     "im2col": lambda x: F.unfold(x, 3, padding=1),
     "col2im": lambda x: F.fold(F.unfold(x, 3, padding=1), x.shape[2:], 3, padding=1),
     "log_sigmoid_forward": F.logsigmoid,
+    "native_batch_norm": lambda x: F.batch_norm(
+        x, *(torch.linspace(0.5, 2, x.shape[1]).to(x) for _ in range(4))
+    ),
     "index_add": lambda x: x.new_zeros(len(x), 50).index_add(
         1, torch.arange(60, device=x.device) * 7 % 50, x.flatten(1)[:, :60]
     ),
@@ -76,20 +80,60 @@ def test_what_is_known_to_have_one_order(name: str, device: str) -> None:
     if name == "index_add" and device == "cuda":
         pytest.skip("atomic there, and listed")
     for dtype in (torch.float32, torch.bfloat16):
-        for shape in ((9, 3, 9, 11), (3, 33, 31, 37), (7, 1, 10, 10)):
+        for shape in ((9, 3, 9, 11), (3, 33, 31, 37), (7, 1, 10, 10), (4, 16, 34, 34)):
             x = torch.randn(shape).to(device, dtype)
             for layout in (torch.contiguous_format, torch.channels_last):
                 given = x.contiguous(memory_format=layout)
-                whole = WINDOWS[name](given)
-                for rows in (slice(0, 1), slice(1, 3), slice(-1, None)):
-                    assert torch.equal(WINDOWS[name](given[rows]), whole[rows]), (dtype, shape)
+                # Dense if it is one sample.
+                apart = torch.stack([given, given + 1], 1)[:, 0]
+                with fxpass.batch_invariant_mode():
+                    whole = WINDOWS[name](given)
+                    assert torch.equal(WINDOWS[name](apart), whole)
+                    for rows in (slice(0, 1), slice(1, 3), slice(-1, None)):
+                        assert torch.equal(WINDOWS[name](given[rows]), whole[rows])
+                        assert torch.equal(WINDOWS[name](apart[rows]), whole[rows])
+                    if name in LEAVES:
+                        assert torch.equal(WINDOWS[name](x), whole), "of any layout"
+                assert whole.stride() == WINDOWS[name](given).stride()
     found = recorded(lambda: WINDOWS[name](x))
     assert found.seen[f"aten.{name}.default"] or f"aten.{name}.vec" in found.seen
     assert found.unknown == []
 
 
+def test_weights_do_not_follow_the_threads() -> None:
+    v, g = torch.randn(32, 8, 16), torch.rand(1, 1, 16)
+    before = torch.get_num_threads()
+    try:
+        with fxpass.batch_invariant_mode():
+            made = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                made.append(torch._weight_norm(v, g, 2))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+    for dim, shape in ((2, g.shape), (0, (32, 1, 1)), (1, (1, 8, 1))):
+        given = [v.clone().requires_grad_(), torch.rand(shape).requires_grad_()]
+        wanted = torch._weight_norm(*given, dim)
+        with fxpass.batch_invariant_mode():
+            found = torch._weight_norm(*given, dim)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(
+            torch.autograd.grad(found.sin().sum(), given),
+            torch.autograd.grad(wanted.sin().sum(), given),
+        )
+
+
+def test_what_accumulates_is_listed() -> None:
+    places, values = torch.randint(0, 5, (40,)), torch.randn(40, 8)
+    added = recorded(lambda: torch.zeros(5, 8).index_put_((places,), values, accumulate=True))
+    assert [u.operator for u in added.unknown] == ["aten.index_put_.default"]
+    assert not recorded(lambda: torch.zeros(40, 8).index_put_((torch.arange(40),), values)).unknown
+
+
 def test_every_operator_of_a_window_is_tried() -> None:
-    assert {*recorder.WINDOWS} - {*WINDOWS} == {"_weight_norm_interface"}
+    assert {*recorder.WINDOWS} - {*WINDOWS} == set()
 
 
 def test_outside_the_mode_reductions_are_listed() -> None:

@@ -58,6 +58,7 @@ def test_out_gradients_and_empty() -> None:
     with fxpass.batch_invariant_mode(), Recorder() as found:
         out = torch.empty(0, dtype=torch.float64)
         assert torch.equal(solve(a, b, out=out, **options), solve(a, b, **options))
+        assert out.stride() == (35, 1, 7)
         assert solve(a[:0], b[:0], **options).shape == (0, 7, 5)
     assert not found.unknown
 

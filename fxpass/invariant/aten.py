@@ -107,13 +107,14 @@ def into(function: Operator, out_gives_dtype: bool = False) -> Operator:
         if made is NotImplemented or made.dtype != out.dtype or made.device != out.device:
             return NotImplemented
         if out.shape != made.shape:
-            _resize(out, made.shape)
+            _resize(out, made)
         return out.copy_(made)
 
     return call
 
 
-def _resize(out: Tensor, shape: torch.Size) -> None:
+def _resize(out: Tensor, made: Tensor) -> None:
+    shape = made.shape
     if out.numel():
         warnings.warn(
             f"an output with one or more elements was resized: it had shape {list(out.shape)}, the"
@@ -122,6 +123,8 @@ def _resize(out: Tensor, shape: torch.Size) -> None:
             stacklevel=4,
         )
     out.resize_(shape)
+    if out.stride() != made.stride():  # of columns, or of channels innermost
+        out.as_strided_(shape, made.stride())
 
 
 def in_place(function: Operator) -> Operator:

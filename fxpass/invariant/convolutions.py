@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxpass import torch_dispatcher
-from fxpass.invariant.aten import is_empty
+from fxpass.invariant.aten import aten, is_empty
 from fxpass.kernels.invariant import dispatch
 from fxpass.kernels.invariant.convolve import Windows
 from fxpass.torch_private import statically_known_true
@@ -42,6 +42,44 @@ def convolution(
         return NotImplemented
     last = torch_dispatcher.convolution_is_channels_last(input, weight, bias, windows)
     return dispatch.convolution(input, weight, bias, windows, channels_last=last, tf32=_tf32(input))
+
+
+def convolution_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    output_mask: Sequence[bool],
+) -> Any:
+    """aten::convolution_backward: the input's gradient is a convolution, turned the other way.
+
+    Those of the weight and the bias are sums over all rows, and torch's own.
+    """
+    rank = weight.dim() - 2
+    geometry = [_each(values, rank) for values in (stride, padding, dilation)]
+    windows = Windows(*geometry[:3], transposed, _each(output_padding, rank), groups)
+    if not output_mask[0] or not _fits(input, weight, None, windows):
+        return NotImplemented
+    back = windows._replace(transposed=not transposed, output_padding=(0,) * rank)
+    if not transposed:  # how far windows were from the end
+        reached = back.sizes(grad_output.shape, weight.shape)[1:]
+        missing = [size - end for size, end in zip(input.shape[2:], reached, strict=True)]
+        back = back._replace(output_padding=missing)
+    found = convolution(grad_output, weight, None, *back)
+    if found is NotImplemented:
+        return NotImplemented
+    rest: Sequence[Tensor | None] = (None, None, None)
+    if any(output_mask[1:]):
+        rest = aten.convolution_backward(
+            grad_output, input, weight, bias_sizes, *windows, [False, *output_mask[1:]]
+        )
+    return found, *rest[1:]
 
 
 def _each(values: Sequence[int], rank: int) -> tuple[int, ...]:

@@ -143,7 +143,11 @@ _BY_NAME: dict[str, Family] = {
     **dict.fromkeys(
         """convolution _convolution convolution_overrideable mkldnn_convolution cudnn_convolution
         miopen_convolution _slow_conv2d_forward slow_conv3d_forward conv_depthwise3d
-        _conv_depthwise2d _convolution_pointwise""".split(),
+        _conv_depthwise2d _convolution_pointwise convolution_backward conv_tbc
+        slow_conv_transpose2d slow_conv_transpose3d slow_conv_dilated2d slow_conv_dilated3d
+        cudnn_convolution_transpose cudnn_convolution_relu cudnn_convolution_add_relu
+        miopen_convolution_transpose miopen_depthwise_convolution _nnpack_spatial_convolution
+        _convolution_double_backward""".split(),
         CONVOLUTION,
     ),
     **dict.fromkeys(
@@ -156,6 +160,7 @@ _BY_NAME: dict[str, Family] = {
         _embedding_bag_forward_only segment_reduce bincount histc""".split(),
         SCATTER,
     ),
+    **dict.fromkeys("triangular_solve cholesky_solve lu_solve".split(), TRANSFORM),
     **dict.fromkeys("nonzero unique_dim _unique2 masked_select".split(), MIXING),
 }
 _BATCH_NORMS = {
@@ -269,7 +274,9 @@ def mode_does(family: Family, operator: Any, values: Sequence[torch.Tensor]) -> 
         device = next((v.device.type for v in values), "cpu")
         floats = [v for v in values if _rounds(v)]
         product = family in (PRODUCT, ATTENTION, CONVOLUTION)
-        fits = device in dispatch.DEVICES and all(dispatch.takes(v, product) for v in floats)
+        fits = bool(floats) and all(dispatch.takes(v, product) for v in floats)
+        if family is TRANSFORM:
+            fits = fits and all(v.dtype in (torch.float32, torch.float64) for v in floats)
         known = {**LEAVES, **COMPOSITES, **(CPU_POINTWISE if device == "cpu" else {})}
         if fits and key in known:
             return "replaced"

@@ -46,16 +46,19 @@ whole batch, as is that of mse_loss.
 """
 
 WINDOWS = frozenset(
-    """avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d max_pool3d_with_indices
-    upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
+    """avg_pool2d avg_pool3d _adaptive_avg_pool3d max_pool3d_with_indices
+    upsample_linear1d upsample_bicubic2d
     _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_3d im2col col2im
-    log_sigmoid_forward _weight_norm_interface""".split()
+    log_sigmoid_forward""".split()
 )
 """Packets that add up a few elements for each of their results, in one order (a test looks).
 
-log_sigmoid_forward is element-wise without torch's tag; _weight_norm_interface reads weights alone.
+log_sigmoid_forward is element-wise without torch's tag.
 Not grid_sampler_2d, which in bf16 on a CPU has given what was in memory before (torch 2.13).
 """
+
+_PUTS = ("index_put", "index_put_", "_unsafe_index_put", "_index_put_impl_", "put", "put_")
+"""Assignments, unless they accumulate."""
 
 _IN_ORDER_ON_CPU = ("index_add", "index_add_")
 """What adds in the order of its index there, and by atomic operations on a GPU."""
@@ -113,6 +116,8 @@ def reason_of(func: Any, args: Any, kwargs: Any, left_to_torch: bool) -> str | N
         if not mode.active():
             return "the mode is off"
         return "the mode has no kernel for these arguments" if left_to_torch else None
+    if packet in _PUTS and bool(_argument(func, args, kwargs, "accumulate")):
+        return "what adds to one place is added in the order it comes"
     if func.namespace == "fxpass" or packet in EXACT | WINDOWS | MADE_OF_OTHERS:
         return None
     if packet in _IN_ORDER_ON_CPU and args[0].device.type == "cpu":
@@ -121,7 +126,7 @@ def reason_of(func: Any, args: Any, kwargs: Any, left_to_torch: bool) -> str | N
         return None
     if torch.Tag.pointwise in func.tags:
         return _scaled_sum(packet.rstrip("_"), args, kwargs)
-    if packet in ("native_batch_norm", "_native_batch_norm_legit") and not _trains(func, args):
+    if packet == "_native_batch_norm_legit" and not _argument(func, args, kwargs, "training"):
         return None
     if packet == "_native_batch_norm_legit_no_training":
         return None
@@ -138,9 +143,12 @@ def _scaled_sum(packet: str, args: Any, kwargs: Any) -> str | None:
     return "alpha is not one, in 16 bits on the CPU" if on_cpu else None
 
 
-def _trains(func: Any, args: Any) -> bool:
-    names = [a.name for a in func._schema.arguments]
-    return bool(args[names.index("training")])
+def _argument(func: Any, args: Any, kwargs: Any, name: str) -> Any:
+    """What a call gives an argument, or its default."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name == name:
+            return args[place] if place < len(args) else kwargs.get(name, argument.default_value)
+    return None
 
 
 def _is_view(func: Any) -> bool:

@@ -10,13 +10,14 @@ from fxpass.invariant import (
     attention_grad,
     attention_op,
     convolutions,
+    layouts,
     norms,
     pointwise,
     products,
     reductions,
     solves,
 )
-from fxpass.invariant.aten import Operator, in_place, into
+from fxpass.invariant.aten import Operator, aten, in_place, into
 
 _PRODUCTS: dict[str, Operator] = {
     "mm": products.mm,
@@ -60,7 +61,16 @@ _SOLVES: dict[str, Operator] = {
 _CONVOLUTIONS: dict[str, Operator] = {
     "convolution": convolutions.convolution,
     "convolution.out": into(convolutions.convolution),
+    "convolution_backward": convolutions.convolution_backward,
 }
+
+_LAYOUTS: dict[str, Operator] = {
+    "native_batch_norm": layouts.batch_norm,
+    "_weight_norm_interface": layouts.weight_norm,
+}
+for _name in ("upsample_bilinear2d", "upsample_trilinear3d", "_adaptive_avg_pool2d"):
+    _function = layouts.contiguous_first(getattr(aten, _name).default)
+    _LAYOUTS |= {_name: _function, f"{_name}.out": into(_function)}
 
 _REDUCTIONS: dict[str, Operator] = {
     "sum": reductions.sum_all,
@@ -111,7 +121,15 @@ _ATTENTION: dict[str, Operator] = {
 }
 
 LEAVES = MappingProxyType(
-    {**_PRODUCTS, **_SOLVES, **_CONVOLUTIONS, **_REDUCTIONS, **_NORMS, **_ATTENTION}
+    {
+        **_PRODUCTS,
+        **_SOLVES,
+        **_CONVOLUTIONS,
+        **_LAYOUTS,
+        **_REDUCTIONS,
+        **_NORMS,
+        **_ATTENTION,
+    }
 )
 """Replaced at the CPU and CUDA keys, below autograd. A name is `packet` or `packet.overload`."""
 
