@@ -344,6 +344,45 @@ def test_powers_of_strided_elements(dtype: torch.dtype) -> None:
                 assert torch.equal(part**exponent, whole[-len(part) :]), exponent
 
 
+LAYOUTS = {
+    "contiguous": lambda: torch.randn(2, 8, 6, 6),
+    "channels innermost": lambda: torch.randn(2, 6, 6, 8).permute(0, 3, 1, 2),
+    "permuted": lambda: torch.randn(2, 6, 8, 6).transpose(1, 2),
+    "one element": lambda: torch.randn(2, 8, 1, 1),
+    "every second": lambda: torch.randn(2, 8, 6, 12)[..., ::2],
+    "one sample": lambda: torch.randn(1, 8, 6, 6),
+}
+OF_ANY_LAYOUT = {
+    "group_norm": lambda x: F.group_norm(x, 2),
+    "group_norm with a weight": lambda x: F.group_norm(x, 2, torch.ones(8)),
+    "batch_norm": lambda x: F.batch_norm(x, torch.zeros(8), torch.ones(8)),
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "rms_norm": lambda x: F.rms_norm(x, x.shape[-1:]),
+    "rms_norm of two dims": lambda x: F.rms_norm(x, x.shape[-2:]),
+    "softmax": lambda x: F.softmax(x, 1),
+    "softmax of the last": lambda x: F.softmax(x, -1),
+    "log_softmax": lambda x: F.log_softmax(x, 2),
+    "sum": lambda x: x.sum(1),
+    "sum of two dims": lambda x: x.sum((0, 2), keepdim=True),
+    "mean": lambda x: x.mean((2, 3), keepdim=True),
+    "cumsum": lambda x: x.cumsum(1),
+    "logsumexp": lambda x: x.logsumexp(1),
+    "norm": lambda x: x.norm(dim=1),
+    "var": lambda x: x.var((1, 2)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_lie_in_memory_as_torch_s(layout: str) -> None:
+    x = LAYOUTS[layout]()
+    wanted = [call(x) for call in OF_ANY_LAYOUT.values()]
+    with fxpass.batch_invariant_mode():
+        found = [call(x) for call in OF_ANY_LAYOUT.values()]
+    for name, ours, theirs in zip(OF_ANY_LAYOUT, found, wanted, strict=True):
+        assert (ours.shape, ours.stride()) == (theirs.shape, theirs.stride()), name
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def _operand(random: Random, shape: list[int]) -> torch.Tensor:
     """Contiguous, permuted, strided, expanded or to be broadcast."""
     order = random.sample(range(len(shape)), len(shape))

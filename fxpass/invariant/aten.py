@@ -76,8 +76,11 @@ def along(x: Tensor, dim: int, function: Callable[[Tensor], Tensor]) -> Tensor |
         return None
     if not dims:
         return function(x.reshape(1)).reshape(())
-    made: Tensor = function(x.movedim(dims[0], -1)).movedim(-1, dims[0])
-    return made.contiguous()
+    made: Tensor = function(x.movedim(dims[0], -1))
+    if dims[0] == x.dim() - 1:
+        return made.contiguous()
+    # Not .contiguous(), which keeps the strides of dims of one element.
+    return made.movedim(-1, dims[0]).clone(memory_format=torch.contiguous_format)
 
 
 def as_reduced(x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, torch.dtype] | None:

@@ -30,14 +30,8 @@ def convolution(
 ) -> Any:
     """aten::convolution, in the memory format torch gives its result."""
     rank = weight.dim() - 2
-    windows = Windows(
-        _each(stride, rank),
-        _each(padding, rank),
-        _each(dilation, rank),
-        transposed,
-        _each(output_padding, rank),
-        groups,
-    )
+    given = (stride, padding, dilation, output_padding)
+    windows = _windows(rank, *given, transposed=transposed, groups=groups)
     if not _fits(input, weight, bias, windows):
         return NotImplemented
     last = torch_dispatcher.convolution_is_channels_last(input, weight, bias, windows)
@@ -62,8 +56,8 @@ def convolution_backward(
     Those of the weight and the bias are sums over all rows, and torch's own.
     """
     rank = weight.dim() - 2
-    geometry = [_each(values, rank) for values in (stride, padding, dilation)]
-    windows = Windows(*geometry[:3], transposed, _each(output_padding, rank), groups)
+    given = (stride, padding, dilation, output_padding)
+    windows = _windows(rank, *given, transposed=transposed, groups=groups)
     if not output_mask[0] or not _fits(input, weight, None, windows):
         return NotImplemented
     back = windows._replace(transposed=not transposed, output_padding=(0,) * rank)
@@ -82,9 +76,12 @@ def convolution_backward(
     return found, *rest[1:]
 
 
-def _each(values: Sequence[int], rank: int) -> tuple[int, ...]:
-    """One value per dim; ATen takes a single one for all."""
-    return tuple(values) * rank if len(values) == 1 else tuple(values)
+def _windows(rank: int, *given: Sequence[int], transposed: bool, groups: int) -> Windows:
+    """With one value per dim; ATen takes a single one for all."""
+    stride, padding, dilation, more = (
+        tuple(values) * rank if len(values) == 1 else tuple(values) for values in given
+    )
+    return Windows(stride, padding, dilation, transposed, more, groups)
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, windows: Windows) -> bool:

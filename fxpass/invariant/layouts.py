@@ -50,8 +50,9 @@ def batch_norm(
     rest: list[Tensor] = []
 
     def out(x: Tensor) -> Tensor:
-        made, *rest[:] = aten.native_batch_norm(x, *given)
-        return made
+        found: Tensor
+        found, *rest[:] = aten.native_batch_norm(x, *given)
+        return found
 
     made = _by_contiguous(out, input)
     return made if made is NotImplemented else (made, *rest)

@@ -105,6 +105,8 @@ def _rms_norm(
     # torch takes the epsilon of the type it computes in: float32 also for 16-bit inputs.
     made = launch(rows, None, flat, None, torch.finfo(torch.float32).eps if eps is None else eps)
     out = (made[0] if len(outputs) > 1 else made).reshape(x.shape)
+    if x.device.type == "cpu":
+        out = out.contiguous(memory_format=torch_dispatcher.suggested_format(x))
     if len(outputs) == 1:
         return out
     return out, made[1].reshape(*x.shape[: x.dim() - len(shape)], *[1] * len(shape))
@@ -168,6 +170,8 @@ def group_norm(
     if bias is not None:
         made = made + bias.reshape(C, 1)
     made = made.to(input.dtype).reshape(input.shape)
+    if input.device.type == "cpu":
+        made = made.contiguous(memory_format=torch_dispatcher.suggested_format(input))
     return made, mean.to(input.dtype), rstd.to(input.dtype)
 
 
