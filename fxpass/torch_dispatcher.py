@@ -116,9 +116,13 @@ def convolution_is_channels_last(
 
     That depends on the strides of both operands and on the library it takes.
     """
-    backend = torch._C._select_conv_backend(input, weight, bias, *windows)
+    innermost = (torch.channels_last, torch.channels_last_3d)
+    try:
+        backend = torch._C._select_conv_backend(input, weight, bias, *windows)
+    except RuntimeError:  # 2.11 asks for the number of samples, which a graph may not know
+        return suggested_format(input) in innermost or suggested_format(weight) in innermost
     found = torch._C._conv_determine_backend_memory_format(input, weight, backend)
-    return bool(found in (torch.channels_last, torch.channels_last_3d))
+    return found in innermost
 
 
 def suggested_format(x: torch.Tensor) -> torch.memory_format:
