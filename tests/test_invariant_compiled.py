@@ -122,6 +122,27 @@ def test_products_of_experts() -> None:
             assert torch.equal(call(x[row : row + 1], only)[0], found[row]), row
 
 
+def test_products_of_experts_by_an_operator_of_transformers() -> None:
+    """What they are in a compiled graph where the dtype is not bfloat16."""
+    pytest.importorskip("transformers.integrations.moe")
+    fallback = torch.ops.transformers.grouped_mm_fallback
+    weights, ends = matrix(4, 64, 24), torch.tensor([3, 3, 8, 9], dtype=torch.int32)
+
+    call = compiled(lambda x, ends: fallback(x * 2, weights, ends) + 1, fullgraph=True)
+    x = matrix(9, 64)
+    with torch.no_grad():
+        found = call(x, ends)
+        assert fxpass.last_report().invariant == {"fxpass.bi_grouped_matmul": 1}
+        with fxpass.batch_invariant_mode():
+            assert torch.equal(found, fallback(x * 2, weights, ends) + 1)
+        assert torch.equal(call(x[3:4], torch.tensor([0, 0, 1, 1], dtype=torch.int32)), found[3:4])
+    weights.requires_grad_()
+    (made,) = torch.autograd.grad(call(x, ends).sin().sum(), weights)
+    (wanted,) = torch.autograd.grad((fallback(x * 2, weights, ends) + 1).sin().sum(), weights)
+    weights.requires_grad_(False)
+    torch.testing.assert_close(made, wanted, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("call", [F.softplus, lambda x: x.abs().log1p()], ids=["softplus", "log1p"])
 def test_elements_that_do_not_fill_a_vector(call) -> None:
     """Inductor computes them one by one if it deems so few not worth a vector, in other bits."""

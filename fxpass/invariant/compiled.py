@@ -13,13 +13,14 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxpass import facts, torch_inductor, torch_private
 from fxpass.invariant import library
 from fxpass.invariant.aten import Operator, aten
 from fxpass.invariant.mode import batch_invariant_mode
-from fxpass.invariant.table import LEAVES
+from fxpass.invariant.table import CUSTOM, LEAVES
 from fxpass.kernels.invariant import dispatch
 
 FLAGS = {
@@ -64,6 +65,17 @@ def _functional() -> dict[Any, Operator]:
     return found
 
 
+def _replaced() -> dict[Any, Operator]:
+    """Those, and operators of other libraries that are there by now."""
+    found = dict(_functional())
+    for name, function in CUSTOM.items():
+        space, _, packet = name.partition(".")
+        op = getattr(getattr(torch.ops, space), packet, None)
+        if op is not None:
+            found[op.default] = function
+    return found
+
+
 @contextlib.contextmanager
 def tracing() -> Iterator[dict[Any, Callable[..., Any]]]:
     """The decomposition table for AOTAutograd, for as long as it traces.
@@ -73,7 +85,7 @@ def tracing() -> Iterator[dict[Any, Callable[..., Any]]]:
     """
     base = torch_private.inductor_decompositions()
     table = {op: function for op, function in base.items() if _packet(op) not in _LATE}
-    for op, function in _functional().items():
+    for op, function in _replaced().items():
         if _packet(op) not in _LATE:
             table[op] = _decomposition(function, base.get(op))
     with batch_invariant_mode():
@@ -102,7 +114,7 @@ def _as_operators(function: Operator, *args: Any, **kwargs: Any) -> Any:
 def rewrite(graph: fx.Graph) -> dict[str, int]:
     """Turn what is left in a post-grad graph; gives how many calls of each operator it has now."""
     register()
-    table = _functional()
+    table = _replaced()
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in table:
             _replace(graph, node, table[node.target])

@@ -10,7 +10,7 @@ import torch
 
 from fxpass import torch_watch
 from fxpass.invariant import source
-from fxpass.invariant.table import COMPOSITES, CPU_POINTWISE, LEAVES
+from fxpass.invariant.table import COMPOSITES, CPU_POINTWISE, CUSTOM, LEAVES
 from fxpass.kernels.invariant import dispatch
 
 
@@ -197,6 +197,8 @@ def of(operator: Any, args: Sequence[Any], values: Sequence[torch.Tensor]) -> Fa
     if space not in _TORCHS:
         if space in _OURS:
             return None
+        if _key(operator) in CUSTOM:
+            return PRODUCT
         return SERVING if space in _SERVING else OPAQUE
     if torch.Tag.nondeterministic_seeded in operator.tags and "scaled_dot" not in plain:
         return RANDOM
@@ -277,7 +279,7 @@ def mode_does(family: Family, operator: Any, values: Sequence[torch.Tensor]) -> 
         fits = bool(floats) and all(dispatch.takes(v, product) for v in floats)
         if family is TRANSFORM:
             fits = fits and all(v.dtype in (torch.float32, torch.float64) for v in floats)
-        known = {**LEAVES, **COMPOSITES, **(CPU_POINTWISE if device == "cpu" else {})}
+        known = {**LEAVES, **COMPOSITES, **CUSTOM, **(CPU_POINTWISE if device == "cpu" else {})}
         if fits and key in known:
             return "replaced"
     return f"not covered: {family.uncovered}"

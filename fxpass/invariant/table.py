@@ -133,6 +133,13 @@ LEAVES = MappingProxyType(
 )
 """Replaced at the CPU and CUDA keys, below autograd. A name is `packet` or `packet.overload`."""
 
+CUSTOM: Mapping[str, Operator] = MappingProxyType(
+    {"transformers.grouped_mm_fallback": products.grouped_mm}
+)
+"""Operators of other libraries that mean what one above does; replaced in compiled graphs.
+
+Their own kernels call ATen's operators, which eager mode replaces and compiled code does not. This one multiplies the experts of Hugging Face's models where they are not bfloat16."""
+
 COMPOSITES: Mapping[str, Operator] = MappingProxyType(
     {
         "linear": products.linear,
