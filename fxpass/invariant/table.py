@@ -138,7 +138,8 @@ CUSTOM: Mapping[str, Operator] = MappingProxyType(
 )
 """Operators of other libraries that mean what one above does; replaced in compiled graphs.
 
-Their own kernels call ATen's operators, which eager mode replaces and compiled code does not. This one multiplies the experts of Hugging Face's models where they are not bfloat16."""
+Their own kernels call ATen's operators, which eager mode replaces and compiled code does not. This
+one multiplies the experts of Hugging Face's models where they are not bfloat16."""
 
 COMPOSITES: Mapping[str, Operator] = MappingProxyType(
     {
