@@ -66,7 +66,10 @@ def convolve(
     if not x.numel():
         return x.new_empty(x.shape[0], *sizes, channels)
     if windows.transposed:
-        return _transposed(x, weight, bias, windows, sizes, matmul)
+        sample = 4 * math.prod(x.shape[2:]) * max(_COLUMNS, weight.shape[1]) * windows.groups
+        some = max(1, _BLOCK_BYTES // sample)
+        parts = [x[first : first + some] for first in range(0, x.shape[0], some)]
+        return torch.cat([_transposed(x, weight, bias, windows, sizes, matmul) for x in parts])
     if any(windows.padding):
         x = F.pad(x, [pad for pad in reversed(windows.padding) for _ in range(2)])
     if weight.shape[1] == 1 and weight.shape[0] // windows.groups < _FEW_FILTERS:
