@@ -405,15 +405,15 @@ def _operand(random: Random, shape: list[int]) -> torch.Tensor:
 )
 def test_strides_of_any_operands(call, count: int) -> None:
     random = Random(count)
-    for _ in range(300):
-        shape = [random.randint(1, 5) for _ in range(random.randint(2, 4))]
-        shape[-1] = 4
-        given = [_operand(random, shape) for _ in range(count)]
-        if call is F.glu and given[0].shape[-1] == 1:
-            continue
-        wanted = call(*given)
-        with fxpass.batch_invariant_mode():
+    with fxpass.batch_invariant_mode():  # entered once: that takes milliseconds
+        for _ in range(300):
+            shape = [*(random.randint(1, 5) for _ in range(random.randint(1, 3))), 4]
+            given = [_operand(random, shape) for _ in range(count)]
+            if call is F.glu and given[0].shape[-1] == 1:
+                continue
+            with fxpass.batch_invariant_mode(False):
+                wanted = call(*given)
             found = call(*given)
-        places = [(tuple(t.shape), t.stride()) for t in given]
-        assert (found.shape, found.stride()) == (wanted.shape, wanted.stride()), places
-        assert torch.allclose(found, wanted), places
+            places = [(tuple(t.shape), t.stride()) for t in given]
+            assert (found.shape, found.stride()) == (wanted.shape, wanted.stride()), places
+            assert torch.allclose(found, wanted), places
