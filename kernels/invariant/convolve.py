@@ -3,9 +3,10 @@
 A result is the product of its window, flattened as the weight is in memory, with the weight, added
 up in the order the product has for that length. A transposed convolution multiplies every element
 by the taps and adds what falls together, in the order of the taps. Where few filters read one
-channel (depthwise), the taps' products are rounded to float32 and added one by one. Each order
-depends on the weight's shape per group alone; the bias is added before the one rounding. Zeros that
-pad the input are multiplied like any others.
+channel (depthwise), the taps' products are rounded to float32 and added one by one.
+Each order depends on the weight's shape per group alone, and on a GPU on whether there is more than
+one group, since batched products are cut into chunks of their own. The bias is added before the one
+rounding. Zeros that pad the input are multiplied like any others.
 """
 
 from __future__ import annotations
