@@ -42,6 +42,17 @@ def test_on_a_gpu(shape, kind) -> None:
     assert torch.equal(found, by_columns(a, b, False))
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_that_is_not_current() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    a, b, options = system((3, 7, 5), KINDS[0], torch.float32)
+    with fxpass.batch_invariant_mode():
+        wanted = solve(a.to("cuda:0"), b.to("cuda:0"), **options)
+        found = solve(a.to("cuda:1"), b.to("cuda:1"), **options)
+    assert torch.equal(found.cpu(), wanted.cpu())
+
+
 def test_what_torch_refuses() -> None:
     a, b = torch.randn(2, 4, 4), torch.randn(3, 4, 4)
     for left, right in ((a, b), (a[0, :3], b), (a, b[:2, :3]), (a.int(), a)):

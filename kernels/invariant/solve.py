@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fxpass.kernels.cuda_launch import on_device
 from fxpass.kernels.gpu_call import keep
 
 Tensor = torch.Tensor
@@ -81,5 +82,6 @@ def _on_gpu(a: Tensor, b: Tensor, unit: bool) -> Tensor:
             aligned=aligned,
         )  # fmt: skip
         keep(_launches, key, launch)
-    launch(device, (a, b, out))
+    with on_device(device):
+        launch(device, (a, b, out))
     return out
