@@ -36,16 +36,15 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="compile and run, not just plan")
     args = parser.parse_args()
     path = args.out or RESULTS / f"coverage_{each_type.library(args)}.json"
-    shown = each_type.run(_names(args), path, args, probe, _line, _total, _warm_up)
+    shown = each_type.run(
+        each_type.names(args, _has_norms), path, args, probe, _line, _total, _warm_up
+    )
     print(_table(shown))
     return 1 if any(result.get("missed") for result in shown.values()) else 0
 
 
-def _names(args: argparse.Namespace) -> list[str]:
-    """Everything that might contain a norm."""
-    if args.diffusers:
-        return each_type.diffusers_types()
-    return each_type.transformers_types(lambda texts: any(map(NORM_SOURCE.search, texts)))
+def _has_norms(texts: list[str]) -> bool:
+    return any(map(NORM_SOURCE.search, texts))
 
 
 def _warm_up() -> None:

@@ -195,8 +195,15 @@ def _save(
     fresh.replace(path)
 
 
-def transformers_types(wanted: Callable[[list[str]], bool]) -> list[str]:
-    """Model types with a base model; `wanted` gets the text of their modeling files."""
+def names(
+    args: argparse.Namespace, wanted: Callable[[list[str]], bool] = lambda texts: True
+) -> list[str]:
+    """Transformer classes of diffusers, or model types of transformers that have a base model.
+
+    `wanted` gets the text of a type's modeling files.
+    """
+    if args.diffusers:
+        return sorted(dif_special.CLASSES)
     import transformers
     from transformers.models.auto import configuration_auto, modeling_auto
 
@@ -207,8 +214,3 @@ def transformers_types(wanted: Callable[[list[str]], bool]) -> list[str]:
         return [file.read_text() for file in folder.glob("modeling_*.py")]
 
     return [name for name in modeling_auto.MODEL_MAPPING_NAMES if wanted(sources(name))]
-
-
-def diffusers_types() -> list[str]:
-    """Transformer classes."""
-    return sorted(dif_special.CLASSES)

@@ -40,15 +40,9 @@ def main() -> int:
     args = parser.parse_args()
     how = "invariant_compiled" if args.compile else "invariant"
     path = args.out or RESULTS / f"{how}_{each_type.library(args)}.json"
-    shown = each_type.run(_names(args), path, args, probe, _line, _total, _warm_up)
+    shown = each_type.run(each_type.names(args), path, args, probe, _line, _total, _warm_up)
     print(_table(shown))
     return 1 if any(result.get("differ") for result in shown.values()) else 0
-
-
-def _names(args: argparse.Namespace) -> list[str]:
-    if args.diffusers:
-        return each_type.diffusers_types()
-    return each_type.transformers_types(lambda texts: True)
 
 
 def _warm_up() -> None:

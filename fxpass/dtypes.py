@@ -29,3 +29,8 @@ def short(dtype: torch.dtype) -> str:
 def is_exact_cast(source: torch.dtype, target: torch.dtype) -> bool:
     """True if every value of `source` is a value of `target` (a cast that cannot round)."""
     return source == target or (source, target) in _EXACT_CASTS
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which elements of `dtype` are multiplied and added: float32 up to float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fxpass import torch_dispatcher
+from fxpass.dtypes import wide
 from fxpass.invariant import attention_grad
 from fxpass.invariant.aten import aten
 from fxpass.invariant.attention import attend, fits, like_query, padded
@@ -59,8 +60,8 @@ def fake(
     """Shapes, dtypes and strides of `attend`."""
     batch, heads, length = query.shape[:3]
     out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return out, query.new_empty(batch, heads, length, dtype=wide)
+    single = wide(query.dtype)
+    return out, query.new_empty(batch, heads, length, dtype=single)
 
 
 def _setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:

@@ -29,9 +29,7 @@ def convolution(
     groups: int,
 ) -> Any:
     """aten::convolution, in the memory format torch gives its result."""
-    rank = weight.dim() - 2
-    given = (stride, padding, dilation, output_padding)
-    windows = _windows(rank, *given, transposed=transposed, groups=groups)
+    windows = _windows(weight, stride, padding, dilation, transposed, output_padding, groups)
     if not _fits(input, weight, bias, windows):
         return NotImplemented
     last = torch_dispatcher.convolution_is_channels_last(input, weight, bias, windows)
@@ -55,12 +53,10 @@ def convolution_backward(
 
     Those of the weight and the bias are sums over all rows, and torch's own.
     """
-    rank = weight.dim() - 2
-    given = (stride, padding, dilation, output_padding)
-    windows = _windows(rank, *given, transposed=transposed, groups=groups)
+    windows = _windows(weight, stride, padding, dilation, transposed, output_padding, groups)
     if not output_mask[0] or not _fits(input, weight, None, windows):
         return NotImplemented
-    back = windows._replace(transposed=not transposed, output_padding=(0,) * rank)
+    back = windows._replace(transposed=not transposed, output_padding=(0,) * len(windows.stride))
     if not transposed:  # how far windows were from the end
         reached = back.sizes(grad_output.shape, weight.shape)[1:]
         missing = [size - end for size, end in zip(input.shape[2:], reached, strict=True)]
@@ -76,12 +72,23 @@ def convolution_backward(
     return found, *rest[1:]
 
 
-def _windows(rank: int, *given: Sequence[int], transposed: bool, groups: int) -> Windows:
+def _windows(
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Windows:
     """With one value per dim; ATen takes a single one for all."""
-    stride, padding, dilation, more = (
-        tuple(values) * rank if len(values) == 1 else tuple(values) for values in given
+
+    def each(values: Sequence[int]) -> tuple[int, ...]:
+        return tuple(values) * (weight.dim() - 2) if len(values) == 1 else tuple(values)
+
+    return Windows(
+        each(stride), each(padding), each(dilation), transposed, each(output_padding), groups
     )
-    return Windows(stride, padding, dilation, transposed, more, groups)
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, windows: Windows) -> bool:

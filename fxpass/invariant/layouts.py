@@ -6,11 +6,11 @@ the batch. Here the input is made contiguous first, and the result gets the layo
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
+from fxpass.dtypes import wide
 from fxpass.invariant.aten import Operator, aten, is_empty
 from fxpass.kernels.invariant import dispatch
 from fxpass.torch_dispatcher import suggested_format
@@ -18,19 +18,24 @@ from fxpass.torch_dispatcher import suggested_format
 Tensor = torch.Tensor
 
 
-def _by_contiguous(overload: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A call of `overload` whose first argument lies in memory as its shape says."""
-    if dispatch.is_through() or not dispatch.takes(x):
-        return NotImplemented  # Inductor's code is one for all layouts
-    if x.is_contiguous():
-        return overload(x, *args, **kwargs)
-    made = overload(x.contiguous(), *args, **kwargs)
-    return made.contiguous(memory_format=suggested_format(x))
+def _takes(x: Tensor) -> bool:
+    return not dispatch.is_through() and dispatch.takes(x)  # Inductor's code is one for all layouts
+
+
+def _laid_out(made: Tensor, x: Tensor) -> Tensor:
+    """What came of x.contiguous(), as it would lie in memory had it come of x."""
+    return made if x.is_contiguous() else made.contiguous(memory_format=suggested_format(x))
 
 
 def contiguous_first(overload: Any) -> Operator:
     """The replacement of an operator with one result."""
-    return functools.partial(_by_contiguous, overload)
+
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not _takes(x):
+            return NotImplemented
+        return _laid_out(overload(x.contiguous(), *args, **kwargs), x)
+
+    return call
 
 
 def batch_norm(
@@ -44,18 +49,12 @@ def batch_norm(
     eps: float,
 ) -> Any:
     """aten::native_batch_norm with statistics that are there already; training mixes all rows."""
-    if training or running_mean is None or running_var is None:
+    if training or running_mean is None or running_var is None or not _takes(input):
         return NotImplemented
-    given = (weight, bias, running_mean, running_var, training, momentum, eps)
-    rest: list[Tensor] = []
-
-    def out(x: Tensor) -> Tensor:
-        found: Tensor
-        found, *rest[:] = aten.native_batch_norm(x, *given)
-        return found
-
-    made = _by_contiguous(out, input)
-    return made if made is NotImplemented else (made, *rest)
+    made, *rest = aten.native_batch_norm(
+        input.contiguous(), weight, bias, running_mean, running_var, training, momentum, eps
+    )
+    return _laid_out(made, input), *rest
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Any:
@@ -66,7 +65,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Any:
     same = v.dtype == g.dtype and v.dtype in (torch.bfloat16, torch.float32, torch.float64)
     if not same or dim not in (0, v.dim() - 1) or is_empty(v) or not dispatch.takes(v):
         return NotImplemented
-    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    single = wide(v.dtype)
     rows = v.flatten(1) if dim == 0 else v.flatten(0, -2).mT
-    norms = dispatch.row_norm(rows, 2.0, dtype=wide).view(g.shape)
-    return (v.to(wide) * (g.to(wide) / norms)).to(v.dtype).contiguous(), norms
+    norms = dispatch.row_norm(rows, 2.0, dtype=single).view(g.shape)
+    return (v.to(single) * (g.to(single) / norms)).to(v.dtype).contiguous(), norms

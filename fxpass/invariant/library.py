@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fxpass.dtypes import wide
 from fxpass.invariant import attention_op
 from fxpass.invariant.attention import attend
 from fxpass.kernels.invariant import dispatch
@@ -171,8 +172,8 @@ def _fake_var_mean(x: Tensor, correction: float, dtype: torch.dtype) -> tuple[Te
 def _fake_layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape), _fake_row(x, wide), _fake_row(x, wide)
+    single = wide(x.dtype)
+    return x.new_empty(x.shape), _fake_row(x, single), _fake_row(x, single)
 
 
 def _fake_cumsum(x: Tensor, dtype: torch.dtype) -> Tensor:

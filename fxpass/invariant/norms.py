@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fxpass import torch_dispatcher
-from fxpass.dtypes import is_exact_cast
+from fxpass.dtypes import is_exact_cast, wide
 from fxpass.invariant.aten import NARROW, is_empty
 from fxpass.kernels import Kernel, kernels
 from fxpass.kernels.invariant import dispatch
@@ -160,11 +160,11 @@ def group_norm(
         return NotImplemented
     if any(t is not None and t.dtype != input.dtype for t in (weight, bias)):
         return NotImplemented
-    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    single = wide(input.dtype)
     rows = input.reshape(N, group, -1)
-    var, mean = dispatch.row_var_mean(rows, 0.0, dtype=wide)
+    var, mean = dispatch.row_var_mean(rows, 0.0, dtype=single)
     rstd = (var + eps).rsqrt()
-    made = ((rows.to(wide) - mean[..., None]) * rstd[..., None]).view(N, C, -1)
+    made = ((rows.to(single) - mean[..., None]) * rstd[..., None]).view(N, C, -1)
     if weight is not None:
         made = made * weight.reshape(C, 1)
     if bias is not None:

@@ -67,6 +67,9 @@ MADE_OF_OTHERS = frozenset("_safe_softmax softmax log_softmax _fused_rms_norm".s
 """Packets whose kernel calls operators the mode replaces. (On a GPU `_fused_rms_norm` is one.)"""
 
 
+_KNOWN = EXACT | WINDOWS | MADE_OF_OTHERS
+
+
 @dataclass(frozen=True)
 class Unknown:
     """One call of an operator whose rows may follow the batch."""
@@ -118,7 +121,7 @@ def reason_of(func: Any, args: Any, kwargs: Any, left_to_torch: bool) -> str | N
         return "the mode has no kernel for these arguments" if left_to_torch else None
     if packet in _PUTS and bool(_argument(func, args, kwargs, "accumulate")):
         return "what adds to one place is added in the order it comes"
-    if func.namespace == "fxpass" or packet in EXACT | WINDOWS | MADE_OF_OTHERS:
+    if func.namespace == "fxpass" or packet in _KNOWN:
         return None
     if packet in _IN_ORDER_ON_CPU and args[0].device.type == "cpu":
         return None

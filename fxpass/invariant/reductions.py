@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fxpass.dtypes import wide
 from fxpass.invariant.aten import NARROW, along, as_reduced, dims_of, folded, is_empty, unfolded
 from fxpass.kernels.invariant import dispatch
 from fxpass.torch_private import statically_known_true
@@ -158,8 +159,8 @@ def _spread(
     if statically_known_true(math.prod(self.shape[d] for d in dims) <= less):
         return NotImplemented  # NaN or infinity, and torch's warning
     x = folded(self, dims)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    spread, mean = dispatch.row_var_mean(x, less, dtype=wide)
+    single = wide(x.dtype)
+    spread, mean = dispatch.row_var_mean(x, less, dtype=single)
     made = [
         unfolded(value.to(self.dtype), self, dims, keepdim)
         for value in (_root(spread) if root else spread, mean)

@@ -25,7 +25,7 @@ def solve_triangular(
         return NotImplemented
     if not left:
         turned = solve_triangular(self.mT, B.mT, upper=not upper, unitriangular=unitriangular)
-        return turned if turned is NotImplemented else by_columns(turned.mT)
+        return turned if turned is NotImplemented else _dense_by_columns(turned.mT)
     if not _fits(self, B):
         return NotImplemented
     try:
@@ -36,10 +36,10 @@ def solve_triangular(
     if upper:
         a, b = a.flip(-2, -1), b.flip(-2)
     made = dispatch.solve_lower(a, b, unitriangular)
-    return by_columns((made.flip(-2) if upper else made).reshape(*batch, *B.shape[-2:]))
+    return _dense_by_columns((made.flip(-2) if upper else made).reshape(*batch, *B.shape[-2:]))
 
 
-def by_columns(x: Tensor) -> Tensor:
+def _dense_by_columns(x: Tensor) -> Tensor:
     """A copy whose columns are contiguous, strides of dims of one element included."""
     return x.mT.clone(memory_format=torch.contiguous_format).mT
 

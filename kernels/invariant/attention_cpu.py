@@ -13,8 +13,9 @@ import struct
 
 import torch
 
+from fxpass.dtypes import wide
 from fxpass.kernels.invariant import cpu_library, mm_plain, reduce_plain
-from fxpass.kernels.invariant.cpu_library import TYPES, wide
+from fxpass.kernels.invariant.cpu_library import TYPES
 from fxpass.kernels.invariant.mm_cpu import product
 
 Tensor = torch.Tensor

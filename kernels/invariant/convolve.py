@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fxpass.dtypes import wide
+
 Tensor = torch.Tensor
 MatMul = Callable[..., Tensor]
 
@@ -138,11 +140,11 @@ def _blocks(sizes: Sequence[int], sample_bytes: int, limit: int) -> Iterator[Any
 
 def _by_taps(x: Tensor, weight: Tensor, bias: Tensor | None, windows: Windows) -> Tensor:
     """Few filters a channel: sums of shifted inputs."""
-    wide, rank = _wide(x), weight.dim() - 2
-    values = _last(x, wide, weight.shape[0])
+    single, rank = wide(x.dtype), weight.dim() - 2
+    values = _last(x, weight.shape[0])
     shifts = _views(values.movedim(-1, 1), weight, windows).movedim(1, 1 + rank)
     out = x.new_empty(shifts.shape[: 2 + rank])
-    taps = [(place, weight.to(wide)[place][:, 0].contiguous()) for place in _places(weight)]
+    taps = [(place, weight.to(single)[place][:, 0].contiguous()) for place in _places(weight)]
     sample = math.prod(out.shape[1:]) * values.element_size()
     limit = _CACHED_BYTES if x.device.type == "cpu" else _BLOCK_BYTES
     for block in _blocks(out.shape[:-1], sample, limit):
@@ -152,7 +154,7 @@ def _by_taps(x: Tensor, weight: Tensor, bias: Tensor | None, windows: Windows) -
         for place, factors in taps[1:]:
             total += torch.mul(part[place], factors, out=term)
         if bias is not None:
-            total += bias.to(wide)
+            total += bias.to(single)
         out[block] = total
     return out
 
@@ -162,15 +164,11 @@ def _places(weight: Tensor) -> Iterator[Any]:
     return ((..., *tap) for tap in itertools.product(*map(range, weight.shape[2:])))
 
 
-def _last(x: Tensor, wide: torch.dtype, channels: int) -> Tensor:
+def _last(x: Tensor, channels: int) -> Tensor:
     """The input (N, *S, channels), every channel as often as filters read it."""
-    values = x.movedim(1, -1).to(wide, memory_format=torch.contiguous_format)
+    values = x.movedim(1, -1).to(wide(x.dtype), memory_format=torch.contiguous_format)
     copies = channels // x.shape[1]
     return values.repeat_interleave(copies, -1) if copies > 1 else values
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 # ---- Transposed ----------------------------------------------------------------------------------
@@ -185,30 +183,30 @@ def _transposed(
     matmul: MatMul,
 ) -> Tensor:
     """What every element gives each tap, added where it falls."""
-    wide, channels = _wide(x), weight.shape[1] * windows.groups
+    single, channels = wide(x.dtype), weight.shape[1] * windows.groups
     reach = zip(x.shape[2:], weight.shape[2:], windows.stride, windows.dilation, strict=True)
     whole = [(s - 1) * t + d * (k - 1) + 1 for s, k, t, d in reach]
     ends = [pad + size for pad, size in zip(windows.padding, sizes, strict=True)]
-    total = x.new_zeros(x.shape[0], *map(max, whole, ends), channels, dtype=wide)
-    for tap, term in _terms(x, weight, windows.groups, wide, matmul):
+    total = x.new_zeros(x.shape[0], *map(max, whole, ends), channels, dtype=single)
+    for tap, term in _terms(x, weight, windows.groups, matmul):
         every = zip(tap, windows.dilation, windows.stride, x.shape[2:], strict=True)
         at: Any = tuple(slice(k * d, k * d + (s - 1) * t + 1, t) for k, d, t, s in every)
         total[(slice(None), *at)] += term
     inside: Any = tuple(slice(p, end) for p, end in zip(windows.padding, ends, strict=True))
     made = total[(slice(None), *inside)]
     if bias is not None:
-        made += bias.to(wide)
+        made += bias.to(single)
     return made.to(x.dtype).contiguous()
 
 
 def _terms(
-    x: Tensor, weight: Tensor, groups: int, wide: torch.dtype, matmul: MatMul
+    x: Tensor, weight: Tensor, groups: int, matmul: MatMul
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """(tap, what all elements give it: (N, *S, O) unrounded), in the order of the taps."""
     inside, outside = weight.shape[0] // groups, weight.shape[1]
     taps = list(itertools.product(*map(range, weight.shape[2:])))
     if inside == 1 and outside < _FEW_FILTERS:
-        values, factors = _last(x, wide, outside * groups), weight.to(wide).flatten(2)
+        values, factors = _last(x, outside * groups), weight.to(wide(x.dtype)).flatten(2)
         for place, tap in enumerate(taps):
             yield tap, values * factors[..., place].flatten()
         return
@@ -218,15 +216,15 @@ def _terms(
     several = max(1, _COLUMNS // outside)
     for first in range(0, len(taps), several):
         some = filters[..., first : first + several].transpose(2, 3).flatten(2)
-        made = _product(rows, some.contiguous(), wide, matmul)
+        made = _product(rows, some.contiguous(), matmul)
         made = made.view(groups, len(rows[0]), -1, outside).permute(2, 1, 0, 3)
         for tap, term in zip(taps[first:], made, strict=False):
             yield tap, term.reshape(shape)
 
 
-def _product(rows: Tensor, filters: Tensor, wide: torch.dtype, matmul: MatMul) -> Tensor:
-    """(G, M, K) @ (G, K, N) in the wide dtype; of one group as a product of two matrices."""
-    out_dtype = None if rows.dtype == wide else wide
+def _product(rows: Tensor, filters: Tensor, matmul: MatMul) -> Tensor:
+    """(G, M, K) @ (G, K, N) unrounded; of one group as a product of two matrices."""
+    out_dtype = wide(rows.dtype)
     if len(rows) == 1:
         return matmul(rows[0], filters[0], None, out_dtype=out_dtype).unsqueeze(0)
     return matmul(rows, filters, None, out_dtype=out_dtype)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from fxpass.dtypes import short
+from fxpass.dtypes import short, wide
 from fxpass.kernels import cpu_build, cpu_source
 from fxpass.kernels.build_cache import BuildError, Once
 
@@ -29,11 +29,6 @@ _MULTIPLICATIONS = 16  # take the time of one element
 
 _runs: Once[Run | None] = Once()
 _known: dict[tuple[str, torch.dtype], Run] = {}  # what _runs holds, without its lock
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type in which elements of `dtype` are multiplied and added."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def threads(elements: int, multiplications: int = 0) -> int:

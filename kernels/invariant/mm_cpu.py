@@ -11,8 +11,9 @@ import struct
 
 import torch
 
+from fxpass.dtypes import wide
 from fxpass.kernels.invariant import cpu_library, mm_plain
-from fxpass.kernels.invariant.cpu_library import TYPES, wide
+from fxpass.kernels.invariant.cpu_library import TYPES
 
 _FORMAT = struct.Struct("5P 5q 4q 4q 4q 4q 2d")  # FxProduct of mm_cpu.h
 _FEW_COLUMNS = 4

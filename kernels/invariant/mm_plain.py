@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fxpass.kernels.invariant.cpu_library import wide
+from fxpass.dtypes import wide
 
 _CHUNK = 256  # as in mm_cpu.h
 

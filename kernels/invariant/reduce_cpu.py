@@ -19,8 +19,9 @@ from collections.abc import Sequence
 
 import torch
 
+from fxpass.dtypes import wide
 from fxpass.kernels.invariant import cpu_library, reduce_plain
-from fxpass.kernels.invariant.cpu_library import TYPES, wide
+from fxpass.kernels.invariant.cpu_library import TYPES
 
 Tensor = torch.Tensor
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from fxpass.kernels.invariant.cpu_library import wide
+from fxpass.dtypes import wide
 from fxpass.kernels.invariant.mm_plain import one_nan
 
 Tensor = torch.Tensor
