@@ -32,7 +32,8 @@ OTHERS = frozenset(
     var.names_dim var.names_out var.correction_names var.correction_names_out std.names_dim
     std.names_out std.correction_names std.correction_names_out var_mean.names_dim
     var_mean.correction_names std_mean.names_dim std_mean.correction_names
-    sum.int sum.float sum.complex sum.bool native_batch_norm.out""".split()
+    sum.int sum.float sum.complex sum.bool native_batch_norm.out cudnn_batch_norm.out
+    miopen_batch_norm.out""".split()
 )
 
 

@@ -100,6 +100,26 @@ def test_what_is_known_to_have_one_order(name: str, device: str) -> None:
     assert found.unknown == []
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_batch_norm_of_cudnn(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 8, 5, 6, device="cuda", dtype=dtype)
+    weight, bias, mean, var = (torch.rand(8, device="cuda") + 0.5 for _ in range(4))
+
+    def call() -> tuple[torch.Tensor, ...]:
+        return torch.ops.aten.cudnn_batch_norm(x, weight, bias, mean, var, False, 0.1, 1e-5)
+
+    wanted = call()
+    found = recorded(call)
+    assert found.unknown == []
+    with fxpass.batch_invariant_mode():
+        made = call()
+        learned = F.batch_norm(x, mean, var, weight.requires_grad_(), bias)
+    torch.testing.assert_close(made, wanted)
+    assert [t.stride() for t in made] == [t.stride() for t in wanted]
+    assert torch.autograd.grad(learned.sin().sum(), weight)[0].isfinite().all()
+
+
 def test_weights_do_not_follow_the_threads() -> None:
     v, g = torch.randn(32, 8, 16), torch.rand(1, 1, 16)
     before = torch.get_num_threads()

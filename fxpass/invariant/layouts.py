@@ -57,6 +57,29 @@ def batch_norm(
     return _laid_out(made, input), *rest
 
 
+def vendor_batch_norm(
+    results: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    exponential_average_factor: float,
+    epsilon: float,
+) -> Any:
+    """aten::cudnn_batch_norm or miopen's, of 4 or 3 `results`, as the plain one multiplies.
+
+    What they save for training is empty, as theirs is.
+    """
+    given = (weight, bias, running_mean, running_var, training, exponential_average_factor, epsilon)
+    found = batch_norm(input, *given)
+    if found is NotImplemented:
+        return found
+    saved = (weight.new_empty(0), weight.new_empty(0), input.new_empty(0, dtype=torch.uint8))
+    return (found[0], *saved)[:results]
+
+
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Any:
     """aten::_weight_norm_interface: (v * g / norm, norm); norms over all dims but `dim`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 
 from fxpass.invariant import (
@@ -66,6 +67,8 @@ _CONVOLUTIONS: dict[str, Operator] = {
 
 _LAYOUTS: dict[str, Operator] = {
     "native_batch_norm": layouts.batch_norm,
+    "cudnn_batch_norm": partial(layouts.vendor_batch_norm, 4),
+    "miopen_batch_norm": partial(layouts.vendor_batch_norm, 3),
     "_weight_norm_interface": layouts.weight_norm,
 }
 for _name in ("upsample_bilinear2d", "upsample_trilinear3d", "_adaptive_avg_pool2d"):
