@@ -138,7 +138,7 @@ class RowKernel:
         schedule = self._schedule(self._spec, self._hidden, rows.count)
         plan = _Plan(
             self.kernel(schedule) if rows.count else None,
-            (-(-rows.count // schedule.rows), 1, 1),
+            (-(-rows.count // schedule.rows) * schedule.blocks, 1, 1),
             (*arguments, False),
             (*arguments, misaligned % _WIDE == 0),
             copies,

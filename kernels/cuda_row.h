@@ -4,11 +4,14 @@
 // FX_HIDDEN, FX_LANES   the row and its reduction tree (kernels/gpu_rows.py)
 // FX_THREADS            threads of a row: a multiple of 32, or a power of two below
 // FX_ROWS               rows of a block
+// FX_BLOCKS             blocks of a row, a cluster of them (compute capability 9.0), or 1
+// FX_SEGMENT            units of 8 elements of a chunk that one of these blocks takes
 // FX_EAGER              whether the next kernel may be launched at once
 // FX_KEPT_BYTES         most of a row that a thread keeps in registers
 //
-// A thread owns units of 8 consecutive elements: units t, t + FX_THREADS, ... of every chunk of
-// FX_LANES elements, with one accumulator per unit. So any FX_THREADS gives the same bits.
+// A thread owns units of 8 consecutive elements: units t, t + FX_THREADS, ... of its block's segment
+// of every chunk of FX_LANES elements, with one accumulator per unit. So any FX_THREADS and
+// FX_BLOCKS give the same bits.
 
 // ---- Eight elements at a time -------------------------------------------------------------------
 
@@ -64,15 +67,23 @@ struct FxArgs {
 enum {
   CHUNKS = (FX_HIDDEN + FX_LANES - 1) / FX_LANES,
   UNITS = CHUNKS > 1 ? FX_LANES / 8 : (FX_HIDDEN + 7) / 8,  // of a chunk
-  MINE = (UNITS + FX_THREADS - 1) / FX_THREADS,             // of them, at most, one thread's
-  WARPS = FX_THREADS < 32 ? 1 : FX_THREADS / 32,            // of a row
-  PARTIALS = MINE * WARPS,
+  SEGMENT = FX_BLOCKS > 1 ? FX_SEGMENT : UNITS,             // of them, at most, one block's
+  MINE = (SEGMENT + FX_THREADS - 1) / FX_THREADS,           // of them, at most, one thread's
+  WARPS = FX_THREADS < 32 ? 1 : FX_THREADS / 32,            // of a row in one block
+  PARTIALS = FX_BLOCKS * MINE * WARPS,
 };
 static_assert(PARTIALS <= 32, "the last step of the tree is one warp's");
+static_assert(FX_BLOCKS == 1 || (FX_ROWS == 1 && FX_BLOCKS * SEGMENT >= UNITS), "one row, all of it");
+static_assert(FX_BLOCKS == 1 || (FX_THREADS % 32 == 0 && SEGMENT % FX_THREADS == 0 &&
+                                 (SEGMENT & (SEGMENT - 1)) == 0), "a segment is a subtree");
+
+// Which block of the row's this one is.
+FX_INLINE int block_of_row() { return FX_BLOCKS > 1 ? blockIdx.x % FX_BLOCKS : 0; }
 
 // First element of a thread's unit, or FX_HIDDEN if there is no such unit.
 FX_INLINE int first_element(int chunk, int mine, int t) {
-  const int unit = mine * FX_THREADS + t, i = chunk * FX_LANES + unit * 8;
+  const int unit = block_of_row() * SEGMENT + mine * FX_THREADS + t;
+  const int i = chunk * FX_LANES + unit * 8;
   return unit < UNITS && i < FX_HIDDEN ? i : FX_HIDDEN;
 }
 
@@ -189,6 +200,20 @@ FX_INLINE float squares_of(const Unit<T>& unit) {
   return (two[0] + two[1]) + (two[2] + two[3]);
 }
 
+// Between the blocks of a row. All have started before any writes to another's shared memory.
+#if FX_BLOCKS > 1
+FX_INLINE void arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+FX_INLINE void wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+FX_INLINE void send(float* to, int block, float value) {
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(there) : "r"((u32)__cvta_generic_to_shared(to)), "r"(block));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(there), "f"(value) : "memory");
+}
+#else
+FX_INLINE void arrive() {}
+#endif
+
 // The sum over the lanes of one row; every thread of the row gets it.
 FX_INLINE float row_sum(const float* lane, int t, int row_of_block) {
   float partial[MINE];
@@ -199,13 +224,24 @@ FX_INLINE float row_sum(const float* lane, int t, int row_of_block) {
     for (int distance = 1; distance < (FX_THREADS < 32 ? FX_THREADS : 32); distance *= 2)
       partial[m] = partial[m] + __shfl_xor_sync(0xffffffffu, partial[m], distance);
   }
-  if constexpr (WARPS == 1) return tree<MINE>(partial);
+  if constexpr (PARTIALS == MINE) return tree<MINE>(partial);
   __shared__ alignas(16) float shared[FX_ROWS][32];
+#if FX_BLOCKS > 1
+  wait();
+  if (t % 32 < FX_BLOCKS) {
+#pragma unroll
+    for (int m = 0; m < MINE; ++m)
+      send(&shared[0][(block_of_row() * MINE + m) * WARPS + t / 32], t % 32, partial[m]);
+  }
+  arrive();
+  wait();
+#else
   if (t % 32 == 0) {
 #pragma unroll
     for (int m = 0; m < MINE; ++m) shared[row_of_block][m * WARPS + t / 32] = partial[m];
   }
   __syncthreads();
+#endif
   if constexpr (PARTIALS <= 8) {
     float all[PARTIALS];
 #pragma unroll
@@ -231,9 +267,10 @@ FX_INLINE void run(const FxArgs& a) {
   // Few enough to be loaded with x, before the sum is known.
   constexpr bool EARLY = Here::kept && BATCH * MINE * (int)sizeof(Weights) <= 64;
   const int t = threadIdx.x % FX_THREADS, row_of_block = threadIdx.x / FX_THREADS;
-  const u32 r = blockIdx.x * (u32)FX_ROWS + row_of_block;
+  const u32 r = blockIdx.x / FX_BLOCKS * (u32)FX_ROWS + row_of_block;
   const bool active = r < a.rows;  // the others only take part in the shuffles and barriers
   const Here row = Here::at(a, active ? r : 0);
+  arrive();
 #if __CUDA_ARCH__ >= 900
   // Launched while the kernel before still runs: nothing it wrote may be read before the wait.
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -308,7 +345,7 @@ FX_INLINE void run(const FxArgs& a) {
   if (!active) return;
   const float scale = S::row(squares, (float)FX_HIDDEN, (float)(1.0 / (double)FX_HIDDEN), a.eps);
   if constexpr (S::writes_row)
-    if (t == 0) store_one((typename S::RowValue*)a.row + r, scale);
+    if (t == 0 && block_of_row() == 0) store_one((typename S::RowValue*)a.row + r, scale);
   for (int first = 0; first < CHUNKS; first += BATCH) {
     if constexpr (!Here::kept) load_batch(first, false);
     if (!EARLY) load_weights(first);

@@ -38,6 +38,10 @@ class Schedule:
     """Of a block."""
     eager: bool = False
     """Let the next kernel be launched at once: for grids that leave multiprocessors free."""
+    blocks: int = 1
+    """Of a row: a cluster, each block with a segment (compute capability 9.0; one row a block)."""
+    segment: int = 0
+    """Units of 8 elements of a chunk in each of several blocks: a power of two, at least 32."""
 
 
 def refusal(spec: NormSpec) -> str | None:
@@ -60,12 +64,15 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
             f"#define FX_LANES {gpu_rows.lanes(hidden)}",
             f"#define FX_THREADS {schedule.threads}",
             f"#define FX_ROWS {schedule.rows}",
+            f"#define FX_BLOCKS {schedule.blocks}",
+            f"#define FX_SEGMENT {schedule.segment}",
             f"#define FX_EAGER {int(schedule.eager)}",
             f"#define FX_KEPT_BYTES {_KEPT_BYTES}",
             header("cuda_pairs.h"),
             header("cuda_row.h"),
             *c_struct.struct(spec, _QUALIFIERS, _WORDS, flags, more),
             f'extern "C" __global__ void __launch_bounds__({schedule.threads * schedule.rows})',
+            *[f"__cluster_dims__({schedule.blocks}, 1, 1)"] * (schedule.blocks > 1),
             "fxpass_run(const __grid_constant__ FxArgs a) {",
             "  run_rows<Spec>(a);",
             "}",
