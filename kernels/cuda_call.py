@@ -6,8 +6,10 @@ strides is worked out once and kept, a call only looks it up, fills in pointers 
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +36,7 @@ class RowKernel:
         spec: NormSpec,
         hidden: int,
         device: int,
-        schedule: Callable[[NormSpec, int, int], Schedule],
+        schedule: Callable[[NormSpec, int, int, tuple[int, int]], Schedule],
     ) -> None:
         self._spec, self._hidden, self._device = spec, hidden, device
         self._schedule = schedule
@@ -46,23 +48,32 @@ class RowKernel:
         order = [name for name in dtypes if name in spec.outputs]
         self._places = [order.index(name) if name in order else None for name in dtypes]
 
-    def prepare(self) -> None:
-        """Build the schedules for one, few, some and many rows. Raises BuildError."""
-        for rows in (1, 512, 2048, 1 << 20):
-            self.kernel(self._schedule(self._spec, self._hidden, rows))
+    def prepare(self, rows: Sequence[int]) -> None:
+        """Build the schedules for these numbers of rows, on all cores. Raises BuildError."""
+        schedules = list(dict.fromkeys(map(self._scheduled, rows)))
+        with ThreadPoolExecutor(min(len(schedules), os.cpu_count() or 1)) as pool:
+            list(pool.map(self._cubin, schedules))  # NVRTC runs without Python's lock
+        for schedule in schedules:
+            self.kernel(schedule)
 
     def kernel(self, schedule: Schedule) -> Prepared:
         """The loaded kernel of a schedule. Raises BuildError."""
 
         def make() -> Prepared:
-            text = cuda_source.source(self._spec, self._hidden, schedule)
-            found = cuda_driver.load(cuda_build.cubin(text, self._capability), "fxpass_run").value
+            found = cuda_driver.load(self._cubin(schedule), "fxpass_run").value
             assert found is not None
             overlap = self._capability >= (9, 0)
             threads = schedule.threads * schedule.rows
             return Prepared(found, threads, _ARGUMENTS, (0,), overlap=overlap)
 
         return self._kernels.get(schedule, make)
+
+    def _cubin(self, schedule: Schedule) -> bytes:
+        text = cuda_source.source(self._spec, self._hidden, schedule)
+        return cuda_build.cubin(text, self._capability)
+
+    def _scheduled(self, rows: int) -> Schedule:
+        return self._schedule(self._spec, self._hidden, rows, self._capability)
 
     def __call__(
         self,
@@ -135,7 +146,7 @@ class RowKernel:
             misaligned |= step * itemsizes[index // 2]
         factor_rows = [1 if t is None else t.numel() // self._hidden for t in (weight, bias)]
         arguments = (rows.count, rows.inner, *strided, *factor_rows, steps.single(eps))
-        schedule = self._schedule(self._spec, self._hidden, rows.count)
+        schedule = self._scheduled(rows.count)
         plan = _Plan(
             self.kernel(schedule) if rows.count else None,
             (-(-rows.count // schedule.rows) * schedule.blocks, 1, 1),

@@ -73,9 +73,11 @@ enum {
   PARTIALS = FX_BLOCKS * MINE * WARPS,
 };
 static_assert(PARTIALS <= 32, "the last step of the tree is one warp's");
-static_assert(FX_BLOCKS == 1 || (FX_ROWS == 1 && FX_BLOCKS * SEGMENT >= UNITS), "one row, all of it");
+static_assert(FX_BLOCKS == 1 || (FX_ROWS == 1 && FX_BLOCKS * SEGMENT >= UNITS),
+              "one row, all of it");
 static_assert(FX_BLOCKS == 1 || (FX_THREADS % 32 == 0 && SEGMENT % FX_THREADS == 0 &&
-                                 (SEGMENT & (SEGMENT - 1)) == 0), "a segment is a subtree");
+                                 (SEGMENT & (SEGMENT - 1)) == 0),
+              "a segment is a subtree");
 
 // Which block of the row's this one is.
 FX_INLINE int block_of_row() { return FX_BLOCKS > 1 ? blockIdx.x % FX_BLOCKS : 0; }
@@ -205,42 +207,50 @@ FX_INLINE float squares_of(const Unit<T>& unit) {
 // Partial sums go straight into the shared memory of the other blocks and count bytes there. A
 // cluster's barrier would do too, but wait for the stores of the sum (0.1 us).
 #if FX_BLOCKS > 1
+__shared__ u64 received;
+
 FX_INLINE u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
 
-// One thread's, before any block sends.
-FX_INLINE void expect(u64* barrier, int bytes) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)), "r"(bytes) : "memory");
-}
-FX_INLINE void arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-FX_INLINE void until_all_started() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-FX_INLINE u32 of_block(const void* at, int block) {
+// The same place in another block of the row.
+FX_INLINE u32 address_in(int block, const void* at) {
   u32 there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(at)), "r"(block));
   return there;
 }
-FX_INLINE void send(float* to, u64* barrier, int block, float value) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
-                   of_block(to, block)), "r"(__float_as_uint(value)), "r"(of_block(barrier, block))
-               : "memory");
+
+// Before any block sends: one thread sets up the count, then all arrive.
+FX_INLINE void expect(int bytes, bool first) {
+  if (first) {
+    const u32 at = shared_address(&received);
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
+                 : "memory");
+  }
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
-FX_INLINE void receive(u64* barrier) {
+FX_INLINE void until_all_expect() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+FX_INLINE void send(int block, float* to, float value) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                   address_in(block, to)), "r"(__float_as_uint(value)),
+               "r"(address_in(block, &received)) : "memory");
+}
+FX_INLINE void receive() {
   u32 done;
   do {
     asm volatile("{\n.reg .pred p;\n"
                  "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
                  "selp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done) : "r"(shared_address(barrier)) : "memory");
+                 : "=r"(done) : "r"(shared_address(&received)) : "memory");
   } while (!done);
 }
 #endif
 
 // The sum over the lanes of one row; every thread of the row gets it.
-FX_INLINE float row_sum(const float* lane, int t, int row_of_block, u64* received) {
+FX_INLINE float row_sum(const float* lane, int t, int row_of_block) {
   float partial[MINE];
 #pragma unroll
   for (int m = 0; m < MINE; ++m) {
@@ -252,15 +262,13 @@ FX_INLINE float row_sum(const float* lane, int t, int row_of_block, u64* receive
   if constexpr (PARTIALS == MINE) return tree<MINE>(partial);
   __shared__ alignas(16) float shared[FX_ROWS][32];
 #if FX_BLOCKS > 1
-  until_all_started();
+  until_all_expect();
   if (t % 32 < FX_BLOCKS) {
 #pragma unroll
-    for (int m = 0; m < MINE; ++m) {
-      float* place = &shared[0][(block_of_row() * MINE + m) * WARPS + t / 32];
-      send(place, received, t % 32, partial[m]);
-    }
+    for (int m = 0; m < MINE; ++m)
+      send(t % 32, &shared[0][(block_of_row() * MINE + m) * WARPS + t / 32], partial[m]);
   }
-  receive(received);
+  receive();
 #else
   if (t % 32 == 0) {
 #pragma unroll
@@ -296,10 +304,8 @@ FX_INLINE void run(const FxArgs& a) {
   const u32 r = blockIdx.x / FX_BLOCKS * (u32)FX_ROWS + row_of_block;
   const bool active = r < a.rows;  // the others only take part in the shuffles and barriers
   const Here row = Here::at(a, active ? r : 0);
-  __shared__ u64 received;
 #if FX_BLOCKS > 1
-  if (t == 0) expect(&received, PARTIALS * (int)sizeof(float));
-  arrive();
+  expect(PARTIALS * (int)sizeof(float), t == 0);
 #endif
 #if __CUDA_ARCH__ >= 900
   // Launched while the kernel before still runs: nothing it wrote may be read before the wait.
@@ -368,7 +374,7 @@ FX_INLINE void run(const FxArgs& a) {
         if (active && first_element(first + c, m, t) < FX_HIDDEN)
           lane[m] = lane[m] + squares_of<S>(held[c][m]);
   }
-  const float squares = row_sum(lane, t, row_of_block, &received);
+  const float squares = row_sum(lane, t, row_of_block);
 #if __CUDA_ARCH__ >= 900
   if (!FX_EAGER) asm volatile("griddepcontrol.launch_dependents;");
 #endif

@@ -33,7 +33,7 @@ class Schedule:
     """How rows are spread over threads. Changes no bit."""
 
     threads: int
-    """Of a row: a multiple of 32, or a power of two below."""
+    """Of a row in one block: a multiple of 32, or a power of two below."""
     rows: int
     """Of a block."""
     eager: bool = False
@@ -51,7 +51,7 @@ def refusal(spec: NormSpec) -> str | None:
 
 def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
     """The translation unit. It exports the kernel `fxpass_run(FxArgs)`."""
-    unscaled = _before_product(spec)
+    unscaled = before_product(spec)
     flags = {
         "exact_square": is_narrow(spec.normed) and steps.square(spec).computed == torch.float32,
         "ends_in_product": unscaled is not None,
@@ -81,7 +81,7 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
     )
 
 
-def _before_product(spec: NormSpec) -> list[Statement] | None:
+def before_product(spec: NormSpec) -> list[Statement] | None:
     """The element program up to a last 16-bit product with the weight; None if it has none.
 
     Such a product is one instruction for two elements, with the same rounding.

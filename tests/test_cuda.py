@@ -28,6 +28,7 @@ from fxpass.kernels import (
     cuda_driver,
     cuda_launch,
     cuda_row,
+    cuda_schedule,
     cuda_source,
     gpu_rows,
 )
@@ -36,10 +37,12 @@ from fxpass.kernels.cuda_source import Schedule
 from fxpass.spec import NormSpec
 
 ALL = {name: NormSpec.parse(text) for name, text in {**SPECS, **MORE_SPECS}.items()}
-ALONE, FEW, MANY = 1, 512, 1 << 20
+ALONE, SHARED, FEW, MANY = 1, 64, 512, 1 << 20
 """Numbers of rows, each with schedules of its own."""
+NUMBERS = (ALONE, SHARED, FEW, MANY)
 HIDDEN = (1, 31, 128, 257, 1000, 4096, 5120, 16_384, 65_536)
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0)}
+ARCHITECTURES = tuple(CAPABILITIES)
 MAIN = ("llama", "residual")
 
 
@@ -54,9 +57,12 @@ def nvrtc() -> None:
         pytest.skip(str(error))
 
 
-def source_of(name: str, hidden: int, rows: int) -> str:
-    spec = ALL[name]
-    return cuda_source.source(spec, hidden, cuda_row.schedule(spec, hidden, rows))
+def scheduled(name: str, hidden: int, rows: int, arch: str = "sm_90") -> Schedule:
+    return cuda_schedule.schedule(ALL[name], hidden, rows, CAPABILITIES[arch])
+
+
+def source_of(name: str, hidden: int, rows: int, arch: str) -> str:
+    return cuda_source.source(ALL[name], hidden, scheduled(name, hidden, rows, arch))
 
 
 def points() -> list[tuple[str, int, int, str]]:
@@ -64,7 +70,7 @@ def points() -> list[tuple[str, int, int, str]]:
     sizes = [(4096, ALONE), (4096, MANY), (257, FEW), (1000, MANY)]
     every = {(name, *size, "sm_90") for name in ALL for size in sizes}
     every |= {(name, 1000, FEW, arch) for name in ALL for arch in ARCHITECTURES}
-    every |= set(itertools.product(MAIN, HIDDEN, (ALONE, FEW, MANY), ARCHITECTURES))
+    every |= set(itertools.product(MAIN, HIDDEN, NUMBERS, ARCHITECTURES))
     every |= {("llama_f32", hidden, MANY, "sm_90") for hidden in HIDDEN[:-1]}
     return sorted(every)
 
@@ -72,7 +78,7 @@ def points() -> list[tuple[str, int, int, str]]:
 @pytest.fixture(scope="module")
 def cubins(nvrtc) -> dict[tuple[str, int, int, str], bytes]:
     """NVRTC compiles on all cores: it runs without Python's lock."""
-    wanted = {point: (source_of(*point[:3]), point[3]) for point in points()}
+    wanted = {point: (source_of(*point), point[3]) for point in points()}
     different = set(wanted.values())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = pool.map(lambda one: cuda_build._compile(*one), different)
@@ -99,11 +105,11 @@ def dump(option: str, cubin: bytes, folder: Path) -> str:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", MAIN)
 def test_nothing_is_spilled(cubins, name, arch, tmp_path):
-    for hidden, rows in itertools.product(HIDDEN[:-1], (ALONE, FEW, MANY)):
+    for hidden, rows in itertools.product(HIDDEN[:-1], NUMBERS):
         text = dump("--dump-resource-usage", cubins[name, hidden, rows, arch], tmp_path)
         (stack, local) = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", text).groups()
         assert (stack, local) == ("0", "0"), (hidden, rows, text)
-        schedule = cuda_row.schedule(ALL[name], hidden, rows)
+        schedule = scheduled(name, hidden, rows, arch)
         registers = int(re.search(r"REG:(\d+)", text)[1])
         # All threads of a block at once; registers are handed out by eights.
         assert -(-registers // 8) * 8 * schedule.threads * schedule.rows <= 65_536
@@ -129,8 +135,7 @@ def test_reads_and_writes_16_bytes(cubins, name, hidden, tmp_path):
 
 
 def test_generated_source_is_the_same_every_time(golden):
-    spec = NormSpec.parse(SPECS["residual"])
-    text = cuda_source.source(spec, 4096, cuda_row.schedule(spec, 4096, MANY))
+    text = source_of("residual", 4096, MANY, "sm_90")
     for name in ("cuda_pairs.h", "cuda_row.h"):
         text = text.replace(cuda_source.header(name), f"... {name}")
     golden(text)
@@ -141,39 +146,73 @@ def test_generated_source_is_the_same_every_time(golden):
 KINDS = ("llama", "llama_f32", "residual", "residual_f32_sum")
 
 
-def partial_sums(hidden: int, schedule: Schedule) -> int:
-    """PARTIALS of cuda_row.h."""
+def units_of(hidden: int) -> int:
+    """UNITS of cuda_row.h."""
     lanes = gpu_rows.lanes(hidden)
-    units = lanes // 8 if hidden > lanes else -(-hidden // 8)
-    return -(-units // schedule.threads) * max(1, schedule.threads // 32)
+    return lanes // 8 if hidden > lanes else -(-hidden // 8)
 
 
+def partial_sums(units: int, schedule: Schedule) -> int:
+    """PARTIALS of cuda_row.h."""
+    segment = schedule.segment if schedule.blocks > 1 else units
+    mine = -(-segment // schedule.threads)
+    return schedule.blocks * mine * max(1, schedule.threads // 32)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("name", KINDS)
-def test_every_schedule_is_legal(name):
-    spec, seen = ALL[name], set()
-    for hidden, rows in itertools.product(range(1, 65_537), (1, 128, 129, 1024, 1025, MANY)):
-        schedule = cuda_row.schedule(spec, hidden, rows)
-        if (key := (schedule, min(-(-hidden // 8), 1025))) in seen:
+def test_every_schedule_is_legal(name, arch):
+    seen = set()
+    for hidden in range(1, 65_537):
+        units = units_of(hidden)
+        if (units, hidden > gpu_rows.MOST_LANES) in seen:
             continue
-        seen.add(key)
-        threads, block = schedule.threads, schedule.threads * schedule.rows
-        whole_warps = threads % 32 == 0
-        assert whole_warps or (threads < 32 and threads & (threads - 1) == 0), (hidden, rows)
-        assert block <= 1024
-        assert block % 32 == 0  # a shuffle names all lanes of its warp
-        assert partial_sums(hidden, schedule) <= 32, (hidden, rows)
+        seen.add((units, hidden > gpu_rows.MOST_LANES))
+        for rows in cuda_schedule.changes(hidden):
+            schedule = scheduled(name, hidden, rows, arch)
+            threads, block = schedule.threads, schedule.threads * schedule.rows
+            whole_warps = threads % 32 == 0
+            assert whole_warps or (threads < 32 and threads & (threads - 1) == 0), (hidden, rows)
+            assert block <= 1024
+            assert block % 32 == 0  # a shuffle names all lanes of its warp
+            assert partial_sums(units, schedule) <= 32, (hidden, rows)
+            if schedule.blocks == 1:
+                continue
+            assert arch != "sm_80"
+            assert schedule.blocks <= 8  # more are for some GPUs only
+            # A subtree each, none without a unit.
+            assert schedule.segment & (schedule.segment - 1) == 0
+            assert (schedule.segment % threads, schedule.rows) == (0, 1)
+            assert (schedule.blocks - 1) * schedule.segment < units
+            assert units <= schedule.blocks * schedule.segment
 
 
-def test_a_schedule_follows_from_spec_hidden_and_rows():
-    assert list(inspect.signature(cuda_row.schedule).parameters) == ["spec", "hidden", "rows"]
-    lines = inspect.getsource(cuda_row.schedule) + inspect.getsource(cuda_row._threads)
-    assert "torch.cuda" not in lines  # nor from the device: another one would give other plans
+@pytest.mark.parametrize("name", [*KINDS, "nn_rms_norm"])
+@pytest.mark.parametrize("hidden", [64, 128, 1000, 2048, 2056, 5120, 8192, 16_384, 65_536])
+def test_all_schedules_are_built_before_a_launch(name, hidden):
+    changes = cuda_schedule.changes(hidden)
+    for rows in range(1, 5000):
+        last = max(change for change in changes if change <= rows)
+        assert scheduled(name, hidden, rows) == scheduled(name, hidden, last), rows
+
+
+def test_a_schedule_follows_from_spec_hidden_rows_and_capability():
+    parameters = inspect.signature(cuda_schedule.schedule).parameters
+    assert list(parameters) == ["spec", "hidden", "rows", "capability"]
+    # Nor from what a device has at the moment: another one would give other plans.
+    assert "torch.cuda" not in inspect.getsource(cuda_schedule)
 
 
 @pytest.mark.usefixtures("nvrtc")
 def test_an_illegal_schedule_does_not_compile():
     text = cuda_source.source(ALL["llama"], 8192, Schedule(96, 1))
     with pytest.raises(BuildError, match="the last step of the tree is one warp's"):
+        cuda_build._compile(text, "sm_90")
+    text = cuda_source.source(ALL["llama"], 5120, Schedule(96, 1, blocks=5, segment=128))
+    with pytest.raises(BuildError, match="a segment is a subtree"):
+        cuda_build._compile(text, "sm_90")
+    text = cuda_source.source(ALL["llama"], 8192, Schedule(128, 1, blocks=7, segment=128))
+    with pytest.raises(BuildError, match="one row, all of it"):
         cuda_build._compile(text, "sm_90")
 
 
@@ -253,7 +292,7 @@ def _empty(device, size, stride, dtype) -> torch.Tensor:
 
 
 def row_kernel(spec: NormSpec, hidden: int) -> cuda_call.RowKernel:
-    return cuda_call.RowKernel(spec, hidden, 0, cuda_row.schedule)
+    return cuda_call.RowKernel(spec, hidden, 0, cuda_schedule.schedule)
 
 
 def call(given: Inputs, spec: NormSpec) -> tuple[torch.Tensor, ...]:
@@ -315,14 +354,16 @@ def test_over_writes_to_the_inputs_if_they_are_contiguous(launches, monkeypatch,
     assert same == (dense, dense)
 
 
-@pytest.mark.parametrize(("rows", "hidden"), [(1, 4096), (37, 128), (5000, 128), (5000, 4096)])
+@pytest.mark.parametrize(
+    ("rows", "hidden"), [(1, 4096), (37, 128), (5000, 128), (5000, 4096), (7, 5120)]
+)
 def test_grid_covers_the_rows(launches, rows, hidden):
     spec = ALL["llama"]
     call(inputs(spec, rows, hidden), spec)
     (launch,) = launches
-    assert launch.kernel == cuda_row.schedule(spec, hidden, rows)
+    assert launch.kernel == scheduled("llama", hidden, rows)
     assert launch.block == (launch.kernel.threads * launch.kernel.rows, 1, 1)
-    assert launch.grid == (math.ceil(rows / launch.kernel.rows), 1, 1)
+    assert launch.grid == (math.ceil(rows / launch.kernel.rows) * launch.kernel.blocks, 1, 1)
 
 
 def test_no_rows_no_launch(launches):
