@@ -218,20 +218,22 @@ FX_INLINE u32 address_in(int block, const void* at) {
   return there;
 }
 
-// Before any block sends: one thread sets up the count, then all arrive.
-FX_INLINE void expect(int bytes, bool first) {
+// Before any block sends, every block has to have set up its count.
+FX_INLINE void set_up(bool first) {
   if (first) {
     const u32 at = shared_address(&received);
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
-                 : "memory");
   }
   __syncwarp();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
-FX_INLINE void until_all_expect() {
+FX_INLINE void until_all_set_up() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+FX_INLINE void expect(int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   shared_address(&received)), "r"(bytes) : "memory");
 }
 FX_INLINE void send(int block, float* to, float value) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
@@ -262,7 +264,8 @@ FX_INLINE float row_sum(const float* lane, int t, int row_of_block) {
   if constexpr (PARTIALS == MINE) return tree<MINE>(partial);
   __shared__ alignas(16) float shared[FX_ROWS][32];
 #if FX_BLOCKS > 1
-  until_all_expect();
+  until_all_set_up();
+  if (t == 0) expect(PARTIALS * (int)sizeof(float));
   if (t % 32 < FX_BLOCKS) {
 #pragma unroll
     for (int m = 0; m < MINE; ++m)
@@ -305,7 +308,7 @@ FX_INLINE void run(const FxArgs& a) {
   const bool active = r < a.rows;  // the others only take part in the shuffles and barriers
   const Here row = Here::at(a, active ? r : 0);
 #if FX_BLOCKS > 1
-  expect(PARTIALS * (int)sizeof(float), t == 0);
+  set_up(t == 0);
 #endif
 #if __CUDA_ARCH__ >= 900
   // Launched while the kernel before still runs: nothing it wrote may be read before the wait.
