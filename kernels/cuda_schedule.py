@@ -6,13 +6,22 @@ is taken is on average 1 % slower than the best of up to 40 schedules of a point
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fxpass.kernels import cuda_source, gpu_rows
 from fxpass.kernels.cuda_source import Schedule
 from fxpass.spec import NormSpec
 
-_SIZES = ((128, "alone"), (256, "pairs"), (512, "few"), (1024, "several"), (4096, "some"))
+_SIZES = (
+    (128, "alone"),
+    (264, "pairs"),
+    (396, "threes"),
+    (640, "few"),
+    (1024, "several"),
+    (4096, "some"),
+)
 """Rows up to, and their word. alone: each has a multiprocessor of its own (132 on an H200). pairs
 to several: multiprocessors wait for rows. some: the grid is over so soon that the next kernel may
 come in at once. More are many: multiprocessors wait for memory."""
@@ -22,9 +31,12 @@ _EACH: dict[tuple[str, str], tuple[tuple[int, int], ...]] = {
     ("alone", "heavy"): ((512, 1), (1024, 2)),
     ("pairs", "light"): ((512, 1), (896, 2), (1024, 1)),
     ("pairs", "heavy"): ((640, 1), (896, 2), (1024, 1)),
-    ("few", "light"): ((512, 1), (640, 2), (1024, 4)),
-    ("few", "float"): ((512, 1), (1024, 2)),
-    ("few", "heavy"): ((32, 1), (64, 2), (128, 4), (256, 2), (512, 1), (896, 2), (1024, 4)),
+    ("threes", "light"): ((512, 1), (640, 2), (896, 3), (1024, 2)),
+    ("threes", "float"): ((512, 1), (1024, 2)),
+    ("threes", "heavy"): ((32, 1), (64, 2), (128, 4), (256, 2), (512, 1), (896, 2), (1024, 4)),
+    ("few", "light"): ((512, 1), (768, 2), (1024, 4)),
+    ("few", "float"): ((512, 1), (640, 2), (896, 3), (1024, 2)),
+    ("few", "heavy"): ((32, 1), (64, 2), (128, 4), (256, 2), (512, 1), (896, 5), (1024, 4)),
     ("several", "light"): ((256, 1), (640, 2), (1024, 4)),
     ("several", "heavy"): ((32, 1), (64, 2), (128, 4), (256, 1), (1024, 2)),
     ("some", "light"): ((32, 1), (64, 2), (1024, 4)),
@@ -35,49 +47,67 @@ _EACH: dict[tuple[str, str], tuple[tuple[int, int], ...]] = {
 }
 """Units of 8 elements of a thread, by rows and kind (see `_kind`): (units of the row up to, units
 of a thread)."""
+_LONG: dict[tuple[str, str], tuple[int, bool]] = {
+    ("alone", "light"): (512, True),
+    ("alone", "float"): (1024, True),
+    ("pairs", "float"): (1024, False),
+    ("threes", "float"): (256, True),
+    ("few", "light"): (256, True),
+    ("alone", "heavy"): (1024, True),
+    ("pairs", "heavy"): (256, False),
+    ("threes", "heavy"): (256, False),
+    ("few", "heavy"): (1024, True),
+    ("many", "float"): (1024, False),
+}
+"""Threads of a row of several chunks, and whether the next kernel may come in at once."""
 
-_CLUSTERS = (9, 0)
-"""Compute capability from which several blocks can share a row."""
-_SEGMENTS = (128, 256, 512)
-"""Units of one of them."""
+_FULL = {("few", "light", True), ("several", "light", True)}
+"""What lets the next kernel in late, by rows, kind and whether a row is longer than 7168."""
+
+_CAPABILITY = (9, 0)
+"""From which on several blocks can share a row."""
+_SEGMENTS: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
+    "heavy": (240, ((128, 256), (256, 512), (512, 768))),
+    "light": (180, ((128, 384), (256, 384), (512, 896))),
+}
+"""Blocks at most, of all rows (more than a multiprocessor each, yet no second wave of them), and
+(units of a segment, units of the rows that are longer than what gains by segments of that)."""
 _MOST_BLOCKS = 8  # of a cluster on every GPU that has clusters
-_WORTH_A_CLUSTER = 256
-"""Units. One block adds up a shorter row before the blocks of a cluster have met."""
-_AT_ONCE = 240
-"""Blocks: more than a multiprocessor each, yet no second wave of them."""
 
 
 def schedule(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int]) -> Schedule:
     """The schedule for so many rows on a device of that compute capability."""
-    units = -(-hidden // gpu_rows.VECTOR)
-    for segment, blocks in _clusters(units, capability):
-        if rows * blocks <= _AT_ONCE:
-            return Schedule(segment, 1, eager=True, blocks=blocks, segment=segment)
-    kind = _kind(spec)
+    units, kind = -(-hidden // gpu_rows.VECTOR), _kind(spec)
+    if capability >= _CAPABILITY:
+        for rows_up_to, segment, blocks in _clusters(kind, units):
+            if rows <= rows_up_to:
+                return Schedule(segment, 1, eager=True, blocks=blocks, segment=segment)
     size = next((word for most, word in _SIZES if rows <= most), "many")
     if hidden > gpu_rows.MOST_LANES:
-        return _several_chunks(size, kind)
-    each = next(each for most, each in _each(size, kind) if units <= most)
+        threads, eager = _LONG.get((size, kind)) or (512 if kind != "heavy" else 1024, False)
+        return Schedule(threads, 1, eager=eager)
+    each = next(each for most, each in _of(_EACH, size, kind) if units <= most)
     threads = _threads(-(-units // each))
-    # Blocks of the next kernel in the way of many that read memory only once they have one.
-    eager = size != "many" and not (size in ("few", "several") and kind != "heavy" and units > 896)
-    return Schedule(threads, max(1, _block(size, kind, units, threads) // threads), eager=eager)
+    # Four long rows of a multiprocessor leave no room for blocks of the next kernel.
+    eager = size != "many" and (size, kind, units > 896) not in _FULL
+    return Schedule(threads, max(1, _block(size, units, threads) // threads), eager=eager)
 
 
 def changes(hidden: int) -> list[int]:
-    """The numbers of rows at which another schedule may begin."""
-    every = _clusters(-(-hidden // gpu_rows.VECTOR), _CLUSTERS)
-    ends = [_AT_ONCE // blocks for _, blocks in every] + [most for most, _ in _SIZES]
-    return sorted({1, *(end + 1 for end in ends)})
+    """The numbers of rows at which another schedule may begin, on any device."""
+    units = -(-hidden // gpu_rows.VECTOR)
+    ends = {end for kind in _SEGMENTS for end, *_ in _clusters(kind, units)}
+    return sorted({1} | {end + 1 for end in ends | {most for most, _ in _SIZES}})
 
 
-def _clusters(units: int, capability: tuple[int, int]) -> list[tuple[int, int]]:
-    """(units of a segment, blocks of a row), most blocks first."""
-    if capability < _CLUSTERS or units <= _WORTH_A_CLUSTER:
-        return []
+def _clusters(kind: str, units: int) -> list[tuple[int, int, int]]:
+    """(rows up to, units of a segment, blocks of a row), most blocks first."""
+    most, every = _SEGMENTS.get(kind) or _SEGMENTS["light"]
     lanes = min(units, gpu_rows.MOST_LANES // gpu_rows.VECTOR)
-    every = [(segment, -(-lanes // segment)) for segment in _SEGMENTS]
-    return [(segment, blocks) for segment, blocks in every if 1 < blocks <= _MOST_BLOCKS]
+    found = [(segment, -(-lanes // segment)) for segment, above in every if units > above]
+    return [
+        (most // blocks, segment, blocks) for segment, blocks in found if blocks <= _MOST_BLOCKS
+    ]
 
 
 def _kind(spec: NormSpec) -> str:
@@ -91,24 +121,17 @@ def _kind(spec: NormSpec) -> str:
     return "float" if cuda_source.before_product(spec) is None else "light"
 
 
-def _each(size: str, kind: str) -> tuple[tuple[int, int], ...]:
-    return _EACH.get((size, kind)) or _EACH[size, "light"]
+def _of(table: Any, size: str, kind: str) -> Any:
+    """The entry of a kind; light's for a float that has none of its own."""
+    return table.get((size, kind)) or table[size, "light"]
 
 
-def _several_chunks(size: str, kind: str) -> Schedule:
-    if kind != "heavy":
-        return Schedule(512, 1, eager=size == "alone")
-    if size in ("pairs", "few"):
-        return Schedule(256, 1)
-    return Schedule(1024, 1, eager=size in ("alone", "several"))
-
-
-def _block(size: str, kind: str, units: int, threads: int) -> int:
+def _block(size: str, units: int, threads: int) -> int:
     """Threads of a block that takes several rows."""
     if size not in ("some", "many"):
         return 128
     if threads <= 32:
-        return 256 if size == "some" or kind == "heavy" or units <= 8 else 512
+        return 256 if size == "many" and units <= 8 else 512
     if size == "some":
         return 128
     return 512 if threads == 256 else 256
