@@ -26,6 +26,7 @@ Tensor = torch.Tensor
 _ARGUMENTS = struct.Struct("7Q8qfI")
 """FxArgs of cuda_row.h, one parameter: seven pointers, then what follows from the shapes."""
 _WIDE = 16  # bytes of one access
+_BEFORE_CLUSTERS = (8, 0)
 
 
 class RowKernel:
@@ -72,8 +73,8 @@ class RowKernel:
         text = cuda_source.source(self._spec, self._hidden, schedule)
         return cuda_build.cubin(text, self._capability)
 
-    def _scheduled(self, rows: int) -> Schedule:
-        return self._schedule(self._spec, self._hidden, rows, self._capability)
+    def _scheduled(self, rows: int, capability: tuple[int, int] | None = None) -> Schedule:
+        return self._schedule(self._spec, self._hidden, rows, capability or self._capability)
 
     def __call__(
         self,
@@ -147,8 +148,12 @@ class RowKernel:
         factor_rows = [1 if t is None else t.numel() // self._hidden for t in (weight, bias)]
         arguments = (rows.count, rows.inner, *strided, *factor_rows, steps.single(eps))
         schedule = self._scheduled(rows.count)
+        kernel = self.kernel(schedule) if rows.count else None
+        if kernel is not None and schedule.blocks > 1 and not kernel.fits(schedule.blocks):
+            schedule = self._scheduled(rows.count, _BEFORE_CLUSTERS)
+            kernel = self.kernel(schedule)
         plan = _Plan(
-            self.kernel(schedule) if rows.count else None,
+            kernel,
             (-(-rows.count // schedule.rows) * schedule.blocks, 1, 1),
             (*arguments, False),
             (*arguments, misaligned % _WIDE == 0),

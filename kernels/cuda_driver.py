@@ -65,6 +65,21 @@ def launcher() -> Any:
     return function
 
 
+def clusters_fit(kernel: int, config: Config) -> bool:
+    """Whether the current device can run a cluster of that kernel at all.
+
+    A slice of a GPU (MIG) or a limit on its multiprocessors (MPS) may leave too few next to each
+    other. True if the driver cannot say, as before CUDA 12.
+    """
+    count = ctypes.c_int()
+    try:
+        ask = driver().cuOccupancyMaxActiveClusters
+    except AttributeError:
+        return True
+    status = ask(ctypes.byref(count), ctypes.c_void_p(kernel), ctypes.byref(config))
+    return bool(status or count.value)
+
+
 def make_current(device: int) -> None:
     """Give this thread the device's context, as the first call of CUDA's runtime in it would."""
     handle, context = ctypes.c_int(), ctypes.c_void_p()

@@ -59,6 +59,16 @@ class Prepared:
         self._lock = threading.Lock()
         self._go = cuda_driver.launcher()
 
+    def fits(self, blocks: int) -> bool:
+        """Whether the current device can run clusters of so many blocks."""
+        with self._lock:
+            self._config.grid_x, self._config.grid_y, self._config.grid_z = self._grid = (
+                blocks,
+                1,
+                1,
+            )
+            return cuda_driver.clusters_fit(self._kernel, self._config)
+
     def __call__(
         self,
         device: int,

@@ -44,6 +44,7 @@ HIDDEN = (1, 31, 128, 257, 1000, 4096, 5120, 16_384, 65_536)
 CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0)}
 ARCHITECTURES = tuple(CAPABILITIES)
 MAIN = ("llama", "residual")
+CLUSTERS_FIT = cuda_driver.clusters_fit
 
 
 # ---- Compilation --------------------------------------------------------------------------------
@@ -278,6 +279,7 @@ def launches(monkeypatch) -> Iterator[list[Launched]]:
         return cuda_launch.Prepared(len(schedules), threads, layout, (0,), overlap=True)
 
     monkeypatch.setattr(cuda_driver, "launcher", lambda: note)
+    monkeypatch.setattr(cuda_driver, "clusters_fit", lambda kernel, config: True)
     monkeypatch.setattr(cuda_call.RowKernel, "kernel", kernel)
     monkeypatch.setattr(cuda_call, "check", lambda *_: None)
     monkeypatch.setattr(cuda_launch, "stream", lambda device: 77)
@@ -364,6 +366,32 @@ def test_grid_covers_the_rows(launches, rows, hidden):
     assert launch.kernel == scheduled("llama", hidden, rows)
     assert launch.block == (launch.kernel.threads * launch.kernel.rows, 1, 1)
     assert launch.grid == (math.ceil(rows / launch.kernel.rows) * launch.kernel.blocks, 1, 1)
+
+
+@pytest.mark.parametrize(("answers", "blocks"), [((0, 16), 5), ((0, 0), 1), ((1, 0), 5), (None, 5)])
+def test_a_device_without_room_for_a_cluster_runs_a_row_in_one_block(
+    launches, monkeypatch, answers, blocks
+):
+    """answers: the driver's status and the number of clusters; None: it has no such call."""
+    asked = []
+
+    def ask(count, kernel, config) -> int:
+        found = ctypes.cast(config, ctypes.POINTER(cuda_driver.Config)).contents
+        asked.append((found.grid_x, found.block_x))
+        status, clusters = answers
+        ctypes.cast(count, ctypes.POINTER(ctypes.c_int))[0] = clusters
+        return status
+
+    monkeypatch.setattr(cuda_driver, "clusters_fit", CLUSTERS_FIT)
+    driver = type("Driver", (), {"cuOccupancyMaxActiveClusters": staticmethod(ask)})
+    monkeypatch.setattr(cuda_driver, "driver", lambda: driver if answers else object())
+    kernel, given = row_kernel(ALL["llama"], 5120), inputs(ALL["llama"], 7, 5120)
+    for _ in range(2):
+        kernel(given.x, None, given.weight, None, 1e-6)
+    assert asked == ([(5, 128)] if answers else [])  # once per layout
+    assert [(launch.kernel.blocks, launch.grid[0]) for launch in launches] == [
+        (blocks, 7 * blocks)
+    ] * 2
 
 
 def test_no_rows_no_launch(launches):
