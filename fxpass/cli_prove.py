@@ -33,6 +33,10 @@ exit codes: 0 no row differs; 1 rows differ; 2 something given is wrong"""
 
 _DYNAMIC = {"auto": None, "static": False, "dynamic": True}
 _MODE = {"batch_invariant": True}
+_INSIDE = (
+    "equal inside `with fxpass.batch_invariant_mode()`: the option reaches graphs, not what"
+    " torch.compile leaves to eager code"
+)
 
 
 @dataclasses.dataclass
@@ -101,8 +105,21 @@ def proved(
     compile_ = _compiler(in_mode)
     torch.compiler.reset()
     prove.prove(model, compile_(model.model, dynamic), proof, counts)
+    if in_mode and not proof.holds and _holds_inside(model, compile_, dynamic, counts):
+        proof.notes.append(_INSIDE)
     first = lambda c: prove_compiled.first(model, compile_, dynamic, c)  # noqa: E731
     return Found(proof, _search(proof, first, most=1))
+
+
+def _holds_inside(
+    model: Model, compile_: Compile, dynamic: bool | None, counts: tuple[int, ...]
+) -> bool:
+    """Whether the rows are equal if what Dynamo leaves to eager code is in the mode as well."""
+    again = Proof("compiled", True)
+    torch.compiler.reset()
+    with batch_invariant_mode():
+        prove.prove(model, compile_(model.model, dynamic), again, counts)
+    return again.holds
 
 
 def _search(

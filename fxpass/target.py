@@ -70,7 +70,8 @@ class Target:
         if not found:
             raise TargetError(
                 f"TARGET {self.name}: torch.compile makes no graph of this model;"
-                " is compiling disabled in it, or does it compute nothing?"
+                " is compiling disabled in it, does it hold a recurrent layer (compiled only with"
+                " torch._dynamo.config.allow_rnn), or does it compute nothing?"
             )
         return found
 

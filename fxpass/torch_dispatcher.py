@@ -9,7 +9,7 @@ import collections
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -49,6 +49,24 @@ _KEPT: collections.deque[list[Any]] = collections.deque(maxlen=64)
 lock to enter it; the dispatcher itself keeps none alive that is no longer registered."""
 
 
+def untraced(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with neither its frame nor those it calls compiled by Dynamo.
+
+    Where a graph breaks, Dynamo compiles every Python frame of the eager code that follows: parts
+    of a kernel would get Inductor's roundings.
+    """
+    try:
+        from torch._C._dynamo import eval_frame
+
+        skip: Any = eval_frame._FrameAction.SKIP
+        strategy: Any = eval_frame._FrameExecStrategy(skip, skip)
+        eval_frame.set_code_exec_strategy(kernel.__code__, strategy)
+    except (ImportError, AttributeError):
+        disable: Any = torch.compiler.disable
+        return cast(Callable[..., Any], disable(kernel))  # 1 us a call
+    return kernel
+
+
 def override(leaves: Kernels, on_cpu: Kernels, composites: Kernels) -> Callable[[], None]:
     """Replace ATen operators; what is returned puts back what was there.
 
@@ -68,11 +86,11 @@ def override(leaves: Kernels, on_cpu: Kernels, composites: Kernels) -> Callable[
             devices = ("CPU", "CUDA") if torch.cuda.is_available() else ("CPU",)
             for kernels, keys in ((leaves, devices), (on_cpu, ("CPU",))):
                 for name, key in _places(tuple(kernels), keys):
-                    made = kernels[name](kernel(f"aten::{name}", key))
+                    made = untraced(kernels[name](kernel(f"aten::{name}", key)))
                     library.impl(name, key, made, True)
                     ours.append(kernel(f"aten::{name}", key))
             for name, make in composites.items():
-                made = make(kernel(f"aten::{name}", "CPU"))
+                made = untraced(make(kernel(f"aten::{name}", "CPU")))
                 library.impl(name, "CompositeImplicitAutograd", made, True)
                 ours.append(kernel(f"aten::{name}", "CPU"))
     except BaseException:

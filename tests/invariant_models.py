@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fxpass.invariant.mode import active
+
 SIZE = 48
 
 
@@ -184,3 +186,16 @@ def scattered():
         return out.scatter_add(1, at, x).sum(-1).round().int().sum(-1)
 
     return model, (_rows(), torch.zeros(4, SIZE, dtype=torch.long))
+
+
+@torch.compiler.disable
+def eager_part(x):
+    return x if active() else x + len(x)
+
+
+def all_eager():
+    return eager_part, (_rows(),)
+
+
+def left_to_eager_code():
+    return lambda x: eager_part(x * 2) + 1, (_rows(),)

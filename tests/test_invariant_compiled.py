@@ -288,3 +288,45 @@ def test_a_setting_that_an_option_needs_is_not_overridden(option: str) -> None:
     call = torch.compile(torch.relu, backend=fxpass.rmsnorm_backend, options=options)
     with pytest.raises(Exception, match="needs emulate_precision_casts=True, found False"):
         call(torch.ones(3))
+
+
+# ---- What torch.compile leaves to eager code -----------------------------------------------------
+
+
+class Broken(torch.nn.Module):
+    """A graph, eager code, a graph: Dynamo leaves a recurrent layer and what follows a break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = torch.nn.GRU(64, 16, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, W)
+        torch._dynamo.graph_break()
+        return self.recurrent(torch.cat([y, x[..., :24]], -1))[0].softmax(-1)
+
+
+@torch.no_grad()
+def test_eager_parts_of_a_compiled_model_are_in_the_mode_inside_it() -> None:
+    torch.manual_seed(0)
+    model, x = Broken().eval(), matrix(7, 5, 64)
+    call = compiled(model)
+    with fxpass.batch_invariant_mode():
+        whole = call(x)
+        assert torch.equal(torch.cat([call(row) for row in x.split(1)]), whole)
+        # Its pieces are eager mode's own: Dynamo compiles no frame of them.
+        assert torch.equal(model(x), whole)
+
+
+@torch.no_grad()
+def test_dynamo_compiles_no_kernel_of_the_mode() -> None:
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        seen.extend(str(node.stack_trace) for node in graph.graph.nodes if node.stack_trace)
+        return graph
+
+    with fxpass.batch_invariant_mode():
+        torch.compile(Broken().eval(), backend=backend)(matrix(7, 5, 64))
+    assert seen
+    assert not [trace for trace in seen if "invariant/" in trace.replace("\\", "/")]

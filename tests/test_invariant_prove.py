@@ -178,6 +178,22 @@ def test_planted_mixing_is_found_in_the_compiled_graph(run) -> None:
     assert (first["rows"], first["inputs"]) == (5, ["f32[5,48]"])
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("left_to_eager_code", "each graph compiled by itself gives equal rows"),
+        ("all_eager", "torch.compile makes no graph of it"),
+    ],
+)
+def test_what_is_left_to_eager_code_is_said(run, name: str, why: str) -> None:
+    code, _, _, data = run(name, rows="1,2,9")
+    eager, compiled = data["runs"]
+    assert (code, eager["notes"], compiled["first"]) == (1, [], [])
+    inside, first = compiled["notes"]
+    assert "equal inside `with fxpass.batch_invariant_mode()`" in inside
+    assert why in first
+
+
 def test_a_beginning_returns_what_the_rest_uses() -> None:
     def model(x):
         a = x.sin()

@@ -57,7 +57,7 @@ CONVOLUTION = Family(
 RECURRENT = Family(
     "recurrent",
     "its products are inside one library call",
-    "recurrent layers are not replaced; prove the model",
+    "replaced in eager code only; prove the model",
 )
 SCATTER = Family(
     "scatter",
@@ -116,7 +116,7 @@ _MEASURABLE = (
     SERVING,
 )  # fmt: skip
 
-_REPLACED = (PRODUCT, REDUCTION, ATTENTION, CONVOLUTION, TRANSFORM, POINTWISE)
+_REPLACED = (PRODUCT, REDUCTION, ATTENTION, CONVOLUTION, RECURRENT, TRANSFORM, POINTWISE)
 
 _BY_NAME: dict[str, Family] = {
     **dict.fromkeys(

@@ -51,6 +51,8 @@ def first(model: Model, compile_: Compile, dynamic: bool | None, case: Case) -> 
     assert case.failing is not None
     row = case.failing.indices[case.position]
     alone, batch = (_calls(model, chosen, dynamic) for chosen in ([row], case.failing.indices))
+    if not alone and not batch:
+        return "torch.compile makes no graph of it, so all of it is eager code"
     if len(alone) != len(batch):
         return "the two calls run different numbers of graphs"
     for (one, given, _), (many, inputs, _) in zip(alone, batch, strict=True):
