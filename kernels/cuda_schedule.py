@@ -42,7 +42,7 @@ _EACH: dict[tuple[str, str], tuple[tuple[int, int], ...]] = {
     ("some", "light"): ((32, 1), (64, 2), (1024, 4)),
     ("some", "heavy"): ((32, 1), (64, 2), (128, 4), (512, 1), (1024, 2)),
     ("many", "light"): ((8, 1), (32, 2), (1024, 4)),
-    ("many", "float"): ((8, 1), (32, 2), (896, 4), (1024, 2)),
+    ("many", "float"): ((8, 1), (64, 2), (896, 4), (1024, 2)),
     ("many", "heavy"): ((32, 1), (64, 2), (128, 4), (512, 1), (1024, 2)),
 }
 """Units of 8 elements of a thread, by rows and kind (see `_kind`): (units of the row up to, units
@@ -128,13 +128,11 @@ def _of(table: Any, size: str, kind: str) -> Any:
 
 def _block(size: str, units: int, threads: int) -> int:
     """Threads of a block that takes several rows."""
-    if size not in ("some", "many"):
-        return 128
-    if threads <= 32:
-        return 256 if size == "many" and units <= 8 else 512
-    if size == "some":
-        return 128
-    return 512 if threads == 256 else 256
+    if size in ("some", "many") and threads <= 32:
+        return 512 if size == "some" or 8 < units <= 64 else 256
+    if size == "many":
+        return 512 if threads == 256 else 256
+    return 128
 
 
 def _threads(count: int) -> int:
