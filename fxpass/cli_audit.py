@@ -19,6 +19,7 @@ from fxpass.invariant import audit, collectives, families
 from fxpass.invariant.audit import COVERED, Finding
 from fxpass.invariant.measured import Table
 from fxpass.target import Target, load
+from fxpass.target_errors import NoGraphError
 
 _EXAMPLE = """\
   fxpass audit hf:llama
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     table = _table(args)
     target = _target(args)
     with contextlib.redirect_stdout(sys.stderr), planning(), torch.no_grad():
-        found = _measured(args, target, table) if args.measure else audit.audit(target, table)
+        found = _measured(args, target, table) if args.measure else audit.eager(target, table)
+        found = [*audit.grouped(found), *_compiled(target, table)]
     if args.measure and args.table:
         write(args.table, table.to_json())
     print(_json(args, found) if args.json else text(args, found))
@@ -82,8 +84,16 @@ def _target(args: argparse.Namespace) -> Target:
 
 def _measured(args: argparse.Namespace, target: Target, table: Table) -> list[Finding]:
     model = cli_rows.model_of(args, target)
-    eager = audit.measured(model, args.rows, table)
-    return [*eager, *audit.grouped(audit.compiled(target, table))]
+    return audit.measured(model, args.rows, table)
+
+
+def _compiled(target: Target, table: Table) -> list[Finding]:
+    """The findings in graphs; without any, why is said, and the rest stands."""
+    try:
+        return audit.grouped(audit.compiled(target, table))
+    except NoGraphError as none:
+        print(f"fxpass: {none}", file=sys.stderr)
+        return []
 
 
 def _json(args: argparse.Namespace, found: Sequence[Finding]) -> str:

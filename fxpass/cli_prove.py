@@ -16,6 +16,7 @@ import torch
 from fxpass import cli_rows, torch_watch
 from fxpass.backend import rmsnorm_backend
 from fxpass.cli_common import FAILED, OK, Commands, command, write
+from fxpass.errors import FxpassError
 from fxpass.invariant import prove, prove_compiled, prove_eager
 from fxpass.invariant.measured import machine
 from fxpass.invariant.mode import batch_invariant_mode
@@ -117,8 +118,11 @@ def _holds_inside(
     """Whether the rows are equal if what Dynamo leaves to eager code is in the mode as well."""
     again = Proof("compiled", True)
     torch.compiler.reset()
-    with batch_invariant_mode():
-        prove.prove(model, compile_(model.model, dynamic), again, counts)
+    try:
+        with batch_invariant_mode():
+            prove.prove(model, compile_(model.model, dynamic), again, counts)
+    except FxpassError:  # the model raised
+        return False
     return again.holds
 
 

@@ -25,7 +25,7 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 
 from fxpass import capture, facts, sampling, target_dump, target_hf, torch_fakes, torch_private
-from fxpass.target_errors import TargetError, said, said_of_file
+from fxpass.target_errors import NoGraphError, TargetError, said, said_of_file
 
 FORMS = "module:callable, file.py:callable, hf:TYPE, program.pt2 or a folder of dumped graphs"
 NEEDED = "needs (model, args) or (model, args, kwargs), args being a tuple"
@@ -68,7 +68,7 @@ class Target:
             except Exception as error:
                 raise TargetError(f"TARGET {self.name}: {said(error, 'the model')}") from error
         if not found:
-            raise TargetError(
+            raise NoGraphError(
                 f"TARGET {self.name}: torch.compile makes no graph of this model;"
                 " is compiling disabled in it, does it hold a recurrent layer (compiled only with"
                 " torch._dynamo.config.allow_rnn), or does it compute nothing?"

@@ -26,6 +26,10 @@ class TargetError(FxpassError):
     """A TARGET cannot be loaded or traced."""
 
 
+class NoGraphError(TargetError):
+    """torch.compile makes no graph of a TARGET."""
+
+
 def said(error: BaseException, doing: str) -> str:
     """An error of the user's code: what raised, what it says, and the user's own line."""
     place = _place(error)

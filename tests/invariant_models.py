@@ -199,3 +199,16 @@ def all_eager():
 
 def left_to_eager_code():
     return lambda x: eager_part(x * 2) + 1, (_rows(),)
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.LSTM(SIZE, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+def recurrent():
+    return Recurrent().eval(), (torch.randn(3, 5, SIZE),)

@@ -50,8 +50,9 @@ MODULES = """
     verify rewrite sampling html_table report tables remembered modules printing
     diff diff_text diff_svg diff_html diff_view
     pipeline capture ledger artifacts
-    invariant invariant.aten invariant.products invariant.recurrent invariant.solves
-    invariant.convolutions invariant.reductions invariant.norms invariant.layouts invariant.add_norm
+    invariant invariant.aten invariant.products invariant.recurrent invariant.recurrent_ops
+    invariant.solves invariant.convolutions
+    invariant.reductions invariant.norms invariant.layouts invariant.add_norm
     invariant.attention invariant.attention_grad invariant.attention_op invariant.pointwise
     invariant.table invariant.mode invariant.library invariant.compiled
     hooks backend

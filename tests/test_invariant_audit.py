@@ -261,3 +261,10 @@ def test_measured_on_a_gpu(run) -> None:
     code, out, _ = run("clean", "--measure", "--device", "cuda", "--rows", "1,64,257", "--json")
     assert code == 0
     assert all(f["varies"] is not None for f in findings(out, family="product", run="eager"))
+
+
+def test_recurrent_layers_are_replaced_in_eager_code(run) -> None:
+    code, out, err = run("recurrent", "--strict")
+    assert (code, "torch.compile makes no graph of this model" in err) == (0, True)
+    assert "not covered" not in out
+    assert "in eager mode" in out

@@ -318,6 +318,25 @@ def test_eager_parts_of_a_compiled_model_are_in_the_mode_inside_it() -> None:
         assert torch.equal(model(x), whole)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_gradients_of_eager_parts_are_eager_modes() -> None:
+    """Head size 12: the formulas are written out in Python, which Dynamo could compile."""
+
+    def step(q, k, v, g):
+        attended = torch.compiler.disable(F.scaled_dot_product_attention)(q, k, v)
+        torch._dynamo.graph_break()
+        attended.backward(g)
+
+    given = [matrix(7, 1, 5, 12) + i for i in range(4)]
+    found = []
+    for call in (step, torch.compile(step)):
+        leaves = [t.clone().requires_grad_() for t in given[:3]]
+        with fxpass.batch_invariant_mode():
+            call(*leaves, given[3])
+        found.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @torch.no_grad()
 def test_dynamo_compiles_no_kernel_of_the_mode() -> None:
     seen: list[str] = []

@@ -154,19 +154,63 @@ def test_dropout_is_between_the_layers() -> None:
         assert torch.equal(single(x)[0], single(x)[0])
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_autocast(kind: str, device: str) -> None:
+    for form in (FORMS[0], FORMS[-1]):
+        layer = made(kind, form, device=device)
+        x = torch.randn(SIZES["batch"], SIZES["steps"], SIZES["input"], device=device)
+        packed = pack_sequence([x[0], x[1, :3]])
+        for given in (x, packed):
+            dtypes = []
+            for enabled in (False, True):
+                with (
+                    fxpass.batch_invariant_mode(enabled),
+                    torch.autocast(device, dtype=torch.bfloat16),
+                ):
+                    dtypes.append([t.dtype for t in flat(layer(given))])
+            assert dtypes[0] == dtypes[1]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_results_are_no_views(kind: str) -> None:
+    for form in FORMS[:4]:
+        with fxpass.batch_invariant_mode():
+            out = made(kind, form)(torch.randn(4, 6, 7))[0]
+        assert not out._is_view()
+        out.detach_()
+
+
 def test_mistakes_are_torchs() -> None:
-    layer, x = nn.GRU(7, 11), torch.randn(6, 4, 7)
-    state = torch.zeros(1, 3, 11)  # of three samples
+    gru, lstm, x = nn.GRU(7, 11), nn.LSTMCell(7, 11), torch.randn(6, 4, 7)
+    weights = [lstm.weight_ih, lstm.weight_hh, lstm.bias_ih, lstm.bias_hh]
+    row, whole = torch.randn(4, 7), torch.zeros(4, 11)
+    layers = lambda x, h, *more: torch.gru(x, h, gru._flat_weights, True, *more)  # noqa: E731
+    packed = lambda sizes: torch.gru(  # noqa: E731
+        x.flatten(0, 1)[:9], torch.tensor(sizes), torch.zeros(1, 4, 11), gru._flat_weights,
+        True, 1, 0.0, False, False,
+    )  # fmt: skip
     calls = {
-        "another batch": lambda: torch.gru(
-            x, state, layer._flat_weights, True, 1, 0.0, False, False, False
-        ),
-        "no steps": lambda: layer(x[:0]),
+        "no steps": lambda: gru(x[:0]),
+        "another batch": lambda: layers(x, torch.zeros(1, 3, 11), 1, 0.0, False, False, False),
+        "more states": lambda: layers(x, torch.zeros(2, 4, 11), 1, 0.0, False, False, False),
+        "growing sizes": lambda: packed([4, 2, 3]),
+        "one state for all": lambda: nn.GRUCell(7, 11)(row, torch.zeros(1, 11)),
+        "one sample for all": lambda: nn.RNNCell(7, 11)(row[:1], whole),
+        "one cell for all": lambda: lstm(row, (whole, torch.zeros(1, 11))),
+        "a narrow cell": lambda: torch.lstm_cell(row, [whole, torch.zeros(4, 1)], *weights),
+        "three states": lambda: torch.lstm_cell(row, [whole] * 3, *weights),
+        "one state": lambda: torch.lstm_cell(row, [whole], *weights),
+        "a state without rows": lambda: torch.lstm_cell(row, [whole[0], whole], *weights),
+        "another width": lambda: lstm(torch.randn(4, 8), (whole, whole)),
     }
     for name, call in calls.items():
         said = []
         for enabled in (False, True):
-            with fxpass.batch_invariant_mode(enabled), pytest.raises(RuntimeError) as error:
-                call()
-            said.append(str(error.value))
+            try:
+                with fxpass.batch_invariant_mode(enabled):
+                    said.append(tuple(t.shape for t in flat(call())))
+            except (RuntimeError, ValueError, IndexError) as error:
+                said.append((type(error), str(error)))
         assert said[0] == said[1], name
+        assert isinstance(said[0][0], type), name

@@ -152,8 +152,9 @@ def _define() -> Any:
     )
     _library.impl("bi_attention", attend, "CompositeExplicitAutograd")
     torch.library.register_fake("fxpass::bi_attention", fake, lib=_library)
+    backward, setup = torch_dispatcher.untraced(_backward), torch_dispatcher.untraced(_setup)
     torch.library.register_autograd(
-        "fxpass::bi_attention", _backward, setup_context=_setup, lib=_library
+        "fxpass::bi_attention", backward, setup_context=setup, lib=_library
     )
     return torch.ops.fxpass.bi_attention.default
 

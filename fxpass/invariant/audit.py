@@ -45,12 +45,13 @@ class Finding:
 
 def audit(target: Target, table: Table) -> list[Finding]:
     """The findings of a target; it may be fake. Raises TargetError if it cannot run."""
-    found = [] if target.model is None else _eager(target, table)
-    return grouped([*found, *compiled(target, table)])
+    return grouped([*eager(target, table), *compiled(target, table)])
 
 
-def _eager(target: Target, table: Table) -> list[Finding]:
-    assert target.model is not None
+def eager(target: Target, table: Table) -> list[Finding]:
+    """The findings of a run in eager mode; none of a target that holds graphs."""
+    if target.model is None:
+        return []
     found: list[Finding] = []
 
     def see(operator: Any, args: Any, kwargs: Any, made: Any) -> None:
@@ -75,7 +76,7 @@ def _finding(operator: Any, args: Any, kwargs: Any, table: Table) -> Finding | N
     kinds = source.kinds(values)
     name = source.name_of(operator)
     known = table.find(name, kinds, _device(values))
-    mode = families.mode_does(family, operator, values)
+    mode = families.mode_does(family, operator, values, eager=True)
     return Finding("eager", name, family, kinds, where, line, mode, known)
 
 

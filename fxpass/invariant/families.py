@@ -269,18 +269,23 @@ def is_measurable(family: Family, operator: Any) -> bool:
     return family in _MEASURABLE and not (mutable and family in (OPAQUE, SERVING))
 
 
-def mode_does(family: Family, operator: Any, values: Sequence[torch.Tensor]) -> str:
-    """What the mode does about a call of a family: `replaced` or why not."""
+def mode_does(
+    family: Family, operator: Any, values: Sequence[torch.Tensor], eager: bool = False
+) -> str:
+    """What the mode does about a call of a family: `replaced` or why not.
+
+    eager: it was seen in eager code, as a part of what the mode replaces whole (recurrent layers).
+    """
     if family in _REPLACED:
         key = _key(operator)
         device = next((v.device.type for v in values), "cpu")
         floats = [v for v in values if _rounds(v)]
-        product = family in (PRODUCT, ATTENTION, CONVOLUTION)
+        product = family in (PRODUCT, ATTENTION, CONVOLUTION, RECURRENT)
         fits = bool(floats) and all(dispatch.takes(v, product) for v in floats)
         if family is TRANSFORM:
             fits = fits and all(v.dtype in (torch.float32, torch.float64) for v in floats)
         known = {**LEAVES, **COMPOSITES, **CUSTOM, **(CPU_POINTWISE if device == "cpu" else {})}
-        if fits and key in known:
+        if fits and (key in known or (eager and family is RECURRENT)):
             return "replaced"
     return f"not covered: {family.uncovered}"
 

@@ -15,7 +15,7 @@ from fxpass.invariant import (
     norms,
     pointwise,
     products,
-    recurrent,
+    recurrent_ops,
     reductions,
     solves,
 )
@@ -151,7 +151,7 @@ COMPOSITES: Mapping[str, Operator] = MappingProxyType(
         "matmul": products.matmul,
         "rms_norm": norms.rms_norm,
         "scaled_dot_product_attention": attention_op.scaled_dot_product,
-        **recurrent.table(),
+        **recurrent_ops.table(),
     }
 )
 """Replaced where torch opens them into other operators, above autograd, because how it opens them
