@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     target = _target(args)
     with contextlib.redirect_stdout(sys.stderr), planning(), torch.no_grad():
         found = _measured(args, target, table) if args.measure else audit.eager(target, table)
-        found = [*audit.grouped(found), *_compiled(target, table)]
+        found += _compiled(target, table)
     if args.measure and args.table:
         write(args.table, table.to_json())
     print(_json(args, found) if args.json else text(args, found))
@@ -90,7 +90,7 @@ def _measured(args: argparse.Namespace, target: Target, table: Table) -> list[Fi
 def _compiled(target: Target, table: Table) -> list[Finding]:
     """The findings in graphs; without any, why is said, and the rest stands."""
     try:
-        return audit.grouped(audit.compiled(target, table))
+        return audit.compiled(target, table)
     except NoGraphError as none:
         print(f"fxpass: {none}", file=sys.stderr)
         return []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import functools
 import operator
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -55,16 +56,24 @@ def untraced(kernel: Callable[..., Any]) -> Callable[..., Any]:
     Where a graph breaks, Dynamo compiles every Python frame of the eager code that follows: parts
     of a kernel would get Inductor's roundings.
     """
+    if _is_skipped(kernel.__code__):
+        return kernel
+    disable: Any = torch.compiler.disable
+    return cast(Callable[..., Any], disable(kernel))  # 1 us a call
+
+
+@functools.cache
+def _is_skipped(code: types.CodeType) -> bool:
+    """Marks a function's code, once for all that share it; False if this torch cannot."""
     try:
         from torch._C._dynamo import eval_frame
 
         skip: Any = eval_frame._FrameAction.SKIP
         strategy: Any = eval_frame._FrameExecStrategy(skip, skip)
-        eval_frame.set_code_exec_strategy(kernel.__code__, strategy)
+        eval_frame.set_code_exec_strategy(code, strategy)
     except (ImportError, AttributeError):
-        disable: Any = torch.compiler.disable
-        return cast(Callable[..., Any], disable(kernel))  # 1 us a call
-    return kernel
+        return False
+    return True
 
 
 def override(leaves: Kernels, on_cpu: Kernels, composites: Kernels) -> Callable[[], None]:

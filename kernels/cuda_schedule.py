@@ -6,8 +6,6 @@ is taken is on average 1 % slower than the best of up to 40 schedules of a point
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from fxpass.kernels import cuda_source, gpu_rows
@@ -28,7 +26,6 @@ come in at once. More are many: multiprocessors wait for memory."""
 
 _EACH: dict[tuple[str, str], tuple[tuple[int, int], ...]] = {
     ("alone", "light"): ((512, 1), (1024, 2)),
-    ("alone", "heavy"): ((512, 1), (1024, 2)),
     ("pairs", "light"): ((512, 1), (896, 2), (1024, 1)),
     ("pairs", "heavy"): ((640, 1), (896, 2), (1024, 1)),
     ("threes", "light"): ((512, 1), (640, 2), (896, 3), (1024, 2)),
@@ -46,7 +43,7 @@ _EACH: dict[tuple[str, str], tuple[tuple[int, int], ...]] = {
     ("many", "heavy"): ((32, 1), (64, 2), (128, 4), (512, 1), (1024, 2)),
 }
 """Units of 8 elements of a thread, by rows and kind (see `_kind`): (units of the row up to, units
-of a thread)."""
+of a thread). A kind without an entry has light's."""
 _LONG: dict[tuple[str, str], tuple[int, bool]] = {
     ("alone", "light"): (512, True),
     ("alone", "float"): (1024, True),
@@ -60,9 +57,6 @@ _LONG: dict[tuple[str, str], tuple[int, bool]] = {
     ("many", "float"): (1024, False),
 }
 """Threads of a row of several chunks, and whether the next kernel may come in at once."""
-
-_FULL = {("few", "light", True), ("several", "light", True)}
-"""What lets the next kernel in late, by rows, kind and whether a row is longer than 7168."""
 
 _CAPABILITY = (9, 0)
 """From which on several blocks can share a row."""
@@ -86,10 +80,12 @@ def schedule(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int]
     if hidden > gpu_rows.MOST_LANES:
         threads, eager = _LONG.get((size, kind)) or (512 if kind != "heavy" else 1024, False)
         return Schedule(threads, 1, eager=eager)
-    each = next(each for most, each in _of(_EACH, size, kind) if units <= most)
+    table = _EACH.get((size, kind)) or _EACH[size, "light"]
+    each = next(each for most, each in table if units <= most)
     threads = _threads(-(-units // each))
     # Four long rows of a multiprocessor leave no room for blocks of the next kernel.
-    eager = size != "many" and (size, kind, units > 896) not in _FULL
+    full = size in ("few", "several") and kind == "light" and units > 896
+    eager = size != "many" and not full
     return Schedule(threads, max(1, _block(size, units, threads) // threads), eager=eager)
 
 
@@ -119,11 +115,6 @@ def _kind(spec: NormSpec) -> str:
     if spec.residual is not None or spec.normed == torch.float32:
         return "heavy"
     return "float" if cuda_source.before_product(spec) is None else "light"
-
-
-def _of(table: Any, size: str, kind: str) -> Any:
-    """The entry of a kind; light's for a float that has none of its own."""
-    return table.get((size, kind)) or table[size, "light"]
 
 
 def _block(size: str, units: int, threads: int) -> int:

@@ -196,13 +196,13 @@ def graph_of(op: object, *args: object) -> Target:
 
 def test_collectives_are_flagged() -> None:
     functional = torch.ops._c10d_functional
-    (summed,) = audit.audit(graph_of(functional.all_reduce.default, "sum", "0"), Table())
+    (summed,) = audit.compiled(graph_of(functional.all_reduce.default, "sum", "0"), Table())
     assert summed.family is families.COLLECTIVE
     assert "collectives.pin()" in summed.mode
     target = graph_of(functional.reduce_scatter_tensor.default, "sum", 2, "0")
-    assert audit.audit(target, Table())[0].family is families.REDUCE_SCATTER
+    assert audit.compiled(target, Table())[0].family is families.REDUCE_SCATTER
     target = graph_of(functional.all_gather_into_tensor.default, 2, "0")
-    assert audit.audit(target, Table()) == []  # moves bits
+    assert audit.compiled(target, Table()) == []  # moves bits
 
 
 @pytest.mark.parametrize(

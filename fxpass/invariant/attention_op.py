@@ -60,8 +60,7 @@ def fake(
     """Shapes, dtypes and strides of `attend`."""
     batch, heads, length = query.shape[:3]
     out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-    single = wide(query.dtype)
-    return out, query.new_empty(batch, heads, length, dtype=single)
+    return out, query.new_empty(batch, heads, length, dtype=wide(query.dtype))
 
 
 def _setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:

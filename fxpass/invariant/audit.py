@@ -43,13 +43,11 @@ class Finding:
         return (self.run, self.operator, tuple(self.inputs), self.where, self.mode)
 
 
-def audit(target: Target, table: Table) -> list[Finding]:
-    """The findings of a target; it may be fake. Raises TargetError if it cannot run."""
-    return grouped([*eager(target, table), *compiled(target, table)])
-
-
 def eager(target: Target, table: Table) -> list[Finding]:
-    """The findings of a run in eager mode; none of a target that holds graphs."""
+    """The findings of a run in eager mode; none of a target that holds graphs.
+
+    The target may be fake. Raises TargetError if it cannot run.
+    """
     if target.model is None:
         return []
     found: list[Finding] = []
@@ -63,7 +61,7 @@ def eager(target: Target, table: Table) -> list[Finding]:
     model = Model(target.name, target.model, None)
     with tensors, model.fresh(), torch_watch.watching(see), model.said():
         target.model(*target.args, **target.kwargs)
-    return found
+    return _grouped(found)
 
 
 def _finding(operator: Any, args: Any, kwargs: Any, table: Table) -> Finding | None:
@@ -81,13 +79,13 @@ def _finding(operator: Any, args: Any, kwargs: Any, table: Table) -> Finding | N
 
 
 def compiled(target: Target, table: Table) -> list[Finding]:
-    """The findings in the graphs that Inductor's passes get."""
-    found = []
+    """The findings in the graphs that Inductor's passes get. Raises TargetError without any."""
+    found: list[Finding] = []
     for graph_module in target.graphs():
         for node in graph_module.graph.nodes:
             if node.op == "call_function":
                 found += _node(node, table)
-    return found
+    return _grouped(found)
 
 
 def _node(node: fx.Node, table: Table) -> list[Finding]:
@@ -137,7 +135,7 @@ def measured(model: Model, counts: Sequence[int], table: Table) -> list[Finding]
 
     with torch_watch.watching(see):
         model.run(model.model, [row % model.rows.count for row in range(most)])
-    return grouped(found)
+    return _grouped(found)
 
 
 def _measure(
@@ -163,7 +161,7 @@ def _measure(
     return row
 
 
-def grouped(found: Sequence[Finding]) -> list[Finding]:
+def _grouped(found: Sequence[Finding]) -> list[Finding]:
     """Alike findings as one, with their number."""
     groups: dict[tuple[Any, ...], Finding] = {}
     for finding in found:

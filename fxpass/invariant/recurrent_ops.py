@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,12 +64,14 @@ def _fit(
     return True
 
 
-def _autocast_to(x: Tensor, fused: bool) -> torch.dtype | None:
+def _autocast_to(x: Tensor, cell_of_two: bool) -> torch.dtype | None:
     """What autocast turns all of a layer into, where torch's is one operator; None if it does not.
 
-    Where it is many, autocast turns some of them into that by itself, here as there.
+    Where it is many, autocast turns some of them into that by itself, here as there. On a CPU one
+    is an LSTM's (`cell_of_two`: neither packed nor projected), on a GPU all are cuDNN's.
     """
     device = x.device.type
+    fused = cell_of_two if device == "cpu" else bool(torch.backends.cudnn.enabled)
     if not fused or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(device)
@@ -78,68 +80,62 @@ def _autocast_to(x: Tensor, fused: bool) -> torch.dtype | None:
 # ---- ATen's operators ----------------------------------------------------------------------------
 
 
+class Settings(NamedTuple):
+    """What ATen's operators on sequences are given after the weights."""
+
+    has_biases: bool
+    num_layers: int
+    dropout: float
+    train: bool
+    bidirectional: bool
+
+
+def _states(hx: Any) -> list[Tensor]:
+    return [hx] if isinstance(hx, Tensor) else list(hx)
+
+
 def _run(
     kind: Kind,
     data: Tensor,
     sizes: Sequence[int],
     states: Sequence[Tensor],
     params: Sequence[Tensor],
-    biases: bool,
-    num_layers: int,
-    dropout: float,
-    bidirectional: bool,
+    given: Settings,
     packed: bool,
 ) -> Any:
     """`recurrent.layers` of ATen's arguments, or NotImplemented."""
     if len(states) != kind.states or any(state.dim() != 3 for state in states):
         return NotImplemented
     projected = states[0].shape[-1] != states[-1].shape[-1]
-    if len(params) % (2 + 2 * biases + projected) or not 0 <= dropout <= 1:
+    dropout = given.dropout if given.train else 0.0
+    if len(params) % (2 + 2 * given.has_biases + projected) or not 0 <= dropout <= 1:
         return NotImplemented
-    every = _weights(params, biases, projected)
-    ways = 1 + bidirectional
-    if not _fit(kind, data.shape[-1], sizes[0], states, every, num_layers, ways):
+    every = _weights(params, given.has_biases, projected)
+    ways = 1 + given.bidirectional
+    if not _fit(kind, data.shape[-1], sizes[0], states, every, given.num_layers, ways):
         return NotImplemented
-    on_cpu = data.device.type == "cpu"
-    fused = kind.states == 2 and not (packed or projected) if on_cpu else _has_cudnn()
-    dtype = _autocast_to(data, fused)
+    more = (kind.cell, dropout, given.bidirectional)
+    dtype = _autocast_to(data, kind.states == 2 and not (packed or projected))
     if dtype is None:
-        return recurrent.layers(data, sizes, states, every, kind.cell, dropout, bidirectional)
-    every = _weights([t.to(dtype) for t in params], biases, projected)
+        return recurrent.layers(data, sizes, states, every, *more)
+    every = _weights([t.to(dtype) for t in params], given.has_biases, projected)
     with torch.autocast(data.device.type, enabled=False):
         states = [state.to(dtype) for state in states]
-        return recurrent.layers(
-            data.to(dtype), sizes, states, every, kind.cell, dropout, bidirectional
-        )
-
-
-def _has_cudnn() -> bool:
-    return bool(torch.backends.cudnn.enabled)
+        return recurrent.layers(data.to(dtype), sizes, states, every, *more)
 
 
 def whole(kind: Kind) -> Operator:
-    """aten::lstm.input and the like."""
+    """aten::lstm.input and the like: input (T, B, I), or (B, T, I) if `batch_first`."""
 
-    def call(
-        input: Tensor,
-        hx: Any,
-        params: Sequence[Tensor],
-        has_biases: bool,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-        batch_first: bool,
-    ) -> Any:
-        states = [hx] if isinstance(hx, Tensor) else list(hx)
+    def call(input: Tensor, hx: Any, params: Sequence[Tensor], *more: Any) -> Any:
+        *given, batch_first = more
+        states = _states(hx)
         if not _takes(input, [*states, *params], 3):
             return NotImplemented
         x = input.transpose(0, 1) if batch_first else input
         steps, batch = x.shape[:2]
-        made = _run(
-            kind, x.flatten(0, 1), [batch] * steps, states, params, has_biases, num_layers,
-            dropout if train else 0.0, bidirectional, packed=False,
-        )  # fmt: skip
+        sizes = [batch] * steps
+        made = _run(kind, x.flatten(0, 1), sizes, states, params, Settings(*given), packed=False)
         if made is NotImplemented:
             return made
         data, *last = made
@@ -150,20 +146,12 @@ def whole(kind: Kind) -> Operator:
 
 
 def packed(kind: Kind) -> Operator:
-    """aten::lstm.data and the like, of a PackedSequence."""
+    """aten::lstm.data and the like, of a PackedSequence: data (sum of batch_sizes, I)."""
 
     def call(
-        data: Tensor,
-        batch_sizes: Tensor,
-        hx: Any,
-        params: Sequence[Tensor],
-        has_biases: bool,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
+        data: Tensor, batch_sizes: Tensor, hx: Any, params: Sequence[Tensor], *given: Any
     ) -> Any:
-        states = [hx] if isinstance(hx, Tensor) else list(hx)
+        states = _states(hx)
         if not _takes(data, [*states, *params], 2) or batch_sizes.dtype != torch.int64:
             return NotImplemented
         sizes = batch_sizes.tolist()
@@ -171,10 +159,7 @@ def packed(kind: Kind) -> Operator:
             return NotImplemented
         if sum(sizes) != len(data):
             return NotImplemented
-        return _run(
-            kind, data, sizes, states, params, has_biases, num_layers,
-            dropout if train else 0.0, bidirectional, packed=True,
-        )  # fmt: skip
+        return _run(kind, data, sizes, states, params, Settings(*given), packed=True)
 
     return call
 
@@ -190,7 +175,7 @@ def step(kind: Kind) -> Operator:
         b_ih: Tensor | None = None,
         b_hh: Tensor | None = None,
     ) -> Any:
-        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        states = tuple(_states(hx))
         given = [t for t in (w_ih, w_hh, b_ih, b_hh) if t is not None]
         if not _takes(input, [*states, *given], 2) or len(states) != kind.states:
             return NotImplemented
