@@ -68,13 +68,14 @@ def _autocast_to(x: Tensor, cell_of_two: bool) -> torch.dtype | None:
     """What autocast turns all of a layer into, where torch's is one operator; None if it does not.
 
     Where it is many, autocast turns some of them into that by itself, here as there. On a CPU one
-    is an LSTM's (`cell_of_two`: neither packed nor projected), on a GPU all are cuDNN's.
+    is an LSTM's (`cell_of_two`: neither packed nor projected), on a GPU all are cuDNN's
+    or MIOpen's, and autocast gives them float16 whatever its dtype (ATen/cudnn/AutocastRNN.cpp).
     """
     device = x.device.type
     fused = cell_of_two if device == "cpu" else bool(torch.backends.cudnn.enabled)
     if not fused or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(device) if device == "cpu" else torch.float16
 
 
 # ---- ATen's operators ----------------------------------------------------------------------------
