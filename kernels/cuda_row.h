@@ -7,6 +7,7 @@
 // FX_BLOCKS             blocks of a row, a cluster of them (compute capability 9.0), or 1
 // FX_SEGMENT            units of 8 elements of a chunk that one of these blocks takes
 // FX_EAGER              whether the next kernel may be launched at once
+// FX_DIRECT             most partial sums that every thread adds by itself
 // FX_KEPT_BYTES         most of a row that a thread keeps in registers
 //
 // A thread owns units of 8 consecutive elements: units t, t + FX_THREADS, ... of its block's segment
@@ -64,6 +65,9 @@ struct FxArgs {
   u32 wide;  // every row of every tensor starts at a multiple of 16 bytes
 };
 
+// The least power of two from n on.
+constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+
 enum {
   CHUNKS = (FX_HIDDEN + FX_LANES - 1) / FX_LANES,
   UNITS = CHUNKS > 1 ? FX_LANES / 8 : (FX_HIDDEN + 7) / 8,  // of a chunk
@@ -71,8 +75,11 @@ enum {
   MINE = (SEGMENT + FX_THREADS - 1) / FX_THREADS,           // of them, at most, one thread's
   WARPS = FX_THREADS < 32 ? 1 : FX_THREADS / 32,            // of a row in one block
   PARTIALS = FX_BLOCKS * MINE * WARPS,
+  LANES = FX_THREADS < 32 ? FX_THREADS : 32,  // threads of a row in one warp
+  SPREAD = power_of_two(MINE),
 };
 static_assert(PARTIALS <= 32, "the last step of the tree is one warp's");
+static_assert(SPREAD <= LANES && FX_BLOCKS * SPREAD <= 32, "a value for every thread at most");
 static_assert(FX_BLOCKS == 1 || (FX_ROWS == 1 && FX_BLOCKS * SEGMENT >= UNITS),
               "one row, all of it");
 static_assert(FX_BLOCKS == 1 || (FX_THREADS % 32 == 0 && SEGMENT % FX_THREADS == 0 &&
@@ -251,42 +258,57 @@ FX_INLINE void receive() {
 }
 #endif
 
+// Each of COUNT values summed over the LANES threads of a row in a warp, neighbours first. A thread
+// holds the sum of value t % SPREAD: threads `distance` apart give each other every second value
+// and keep the rest, so that MINE = 4 takes 6 shuffles where four sums apart would take 20.
+template <int COUNT>
+FX_INLINE float lane_sums(const float* value, int distance) {
+  float half[COUNT / 2];
+  const bool odd = threadIdx.x & distance;
+#pragma unroll
+  for (int j = 0; j < COUNT / 2; ++j) {
+    const float one = value[2 * j], two = value[2 * j + 1];
+    half[j] = (odd ? two : one) + __shfl_xor_sync(0xffffffffu, odd ? one : two, distance);
+  }
+  return lane_sums<COUNT / 2>(half, 2 * distance);
+}
+template <>
+__device__ __forceinline__ float lane_sums<1>(const float* value, int distance) {
+  float sum = *value;
+#pragma unroll
+  for (int k = 1; k < LANES; k *= 2)
+    if (k >= distance) sum = sum + __shfl_xor_sync(0xffffffffu, sum, k);
+  return sum;
+}
+
 // The sum over the lanes of one row; every thread of the row gets it.
 FX_INLINE float row_sum(const float* lane, int t, int row_of_block) {
-  float partial[MINE];
+  float mine = lane_sums<SPREAD>(lane, 1);
+  if constexpr (PARTIALS == MINE) {
 #pragma unroll
-  for (int m = 0; m < MINE; ++m) {
-    partial[m] = lane[m];
-#pragma unroll
-    for (int distance = 1; distance < (FX_THREADS < 32 ? FX_THREADS : 32); distance *= 2)
-      partial[m] = partial[m] + __shfl_xor_sync(0xffffffffu, partial[m], distance);
+    for (int distance = 1; distance < SPREAD; distance *= 2)
+      mine = mine + __shfl_xor_sync(0xffffffffu, mine, distance);
+    return mine;
   }
-  if constexpr (PARTIALS == MINE) return tree<MINE>(partial);
   __shared__ alignas(16) float shared[FX_ROWS][32];
+  const int m = t % SPREAD, first = block_of_row() * MINE * WARPS + t / 32;
 #if FX_BLOCKS > 1
   until_all_set_up();
   if (t == 0) expect(PARTIALS * (int)sizeof(float));
-  if (t % 32 < FX_BLOCKS) {
-#pragma unroll
-    for (int m = 0; m < MINE; ++m)
-      send(t % 32, &shared[0][(block_of_row() * MINE + m) * WARPS + t / 32], partial[m]);
-  }
+  if (t % 32 < FX_BLOCKS * SPREAD && m < MINE) send(t % 32 / SPREAD, &shared[0][first + m * WARPS], mine);
   receive();
 #else
-  if (t % 32 == 0) {
-#pragma unroll
-    for (int m = 0; m < MINE; ++m) shared[row_of_block][m * WARPS + t / 32] = partial[m];
-  }
+  if (t % 32 < MINE) shared[row_of_block][first + m * WARPS] = mine;
   __syncthreads();
 #endif
-  if constexpr (PARTIALS <= 8) {
+  if constexpr (PARTIALS <= FX_DIRECT) {
     float all[PARTIALS];
 #pragma unroll
     for (int p = 0; p < PARTIALS; ++p) all[p] = shared[row_of_block][p];
     return tree<PARTIALS>(all);
   } else {  // 32 warps that each add 32 values would be 31 additions for every thread
     constexpr int WIDTH = PARTIALS <= 16 ? 16 : 32;
-    float mine = t % WIDTH < PARTIALS ? shared[row_of_block][t % WIDTH] : 0.0f;
+    mine = t % WIDTH < PARTIALS ? shared[row_of_block][t % WIDTH] : 0.0f;
 #pragma unroll
     for (int distance = 1; distance < WIDTH; distance *= 2)
       mine = mine + __shfl_xor_sync(0xffffffffu, mine, distance);
@@ -319,7 +341,7 @@ FX_INLINE void run(const FxArgs& a) {
 #endif
   Unit<Normed> held[BATCH][MINE];
   Weights w[BATCH][MINE];
-  float lane[MINE] = {};
+  float lane[SPREAD] = {};  // more than MINE of them add +0
 
   auto load_batch = [&](int first, bool sums) {
     if constexpr (S::writes_sum) {

@@ -27,6 +27,9 @@ _QUALIFIERS = "static __device__ __forceinline__"
 _KEPT_BYTES = 128
 """Of a row in one thread's registers: 32 of its 255."""
 
+_DIRECT = 8
+"""Partial sums that every thread of a row adds by itself."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -67,6 +70,7 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
             f"#define FX_BLOCKS {schedule.blocks}",
             f"#define FX_SEGMENT {schedule.segment}",
             f"#define FX_EAGER {int(schedule.eager)}",
+            f"#define FX_DIRECT {_DIRECT}",
             f"#define FX_KEPT_BYTES {_KEPT_BYTES}",
             header("cuda_pairs.h"),
             header("cuda_row.h"),
