@@ -7,6 +7,8 @@
 // FX_BLOCKS             blocks of a row, a cluster of them (compute capability 9.0), or 1
 // FX_SEGMENT            units of 8 elements of a chunk that one of these blocks takes
 // FX_EAGER              whether the next kernel may be launched at once
+// FX_WEIGHT             when it is loaded: 0 with x, 1 before threads add up, 2 after
+// FX_STREAM             whether x, residual and what is written leave the caches first
 // FX_DIRECT             most partial sums that every thread adds by itself
 // FX_KEPT_BYTES         most of a row that a thread keeps in registers
 //
@@ -25,29 +27,45 @@ struct Unit<none> {
   Two<none> v[4];
 };
 
-// Plain loads: the read-only path may be read ahead of griddepcontrol.wait.
-template <bool WIDE, class T>
+// Spelt out, so that they stay where they are written: no compiler moves the weight's behind the
+// sum, or any ahead of griddepcontrol.wait.
+#define FX_LOAD(HOW, to, from)                                        \
+  asm volatile("ld.global" HOW ".v4.u32 {%0, %1, %2, %3}, [%4];"      \
+               : "=r"((to).x), "=r"((to).y), "=r"((to).z), "=r"((to).w) \
+               : "l"(from) : "memory")
+#define FX_STORE(HOW, to, from)                                       \
+  asm volatile("st.global" HOW ".v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"((from).x), \
+               "r"((from).y), "r"((from).z), "r"((from).w) : "memory")
+
+template <bool WIDE, bool STREAM, class T>
 FX_INLINE Unit<T> load(const T* row, int i) {
   Unit<T> unit;
   if constexpr (WIDE) {
     const uint4* from = (const uint4*)(row + i);
     uint4* to = (uint4*)&unit;
 #pragma unroll
-    for (int k = 0; k < (int)sizeof(unit) / 16; ++k) to[k] = from[k];
+    for (int k = 0; k < (int)sizeof(unit) / 16; ++k) {
+      if constexpr (STREAM) FX_LOAD(".cs", to[k], from + k);
+      else FX_LOAD("", to[k], from + k);
+    }
   } else {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) ((T*)&unit)[j] = i + j < FX_HIDDEN ? row[i + j] : T{};
+    for (int j = 0; j < 8; ++j)
+      ((T*)&unit)[j] = i + j < FX_HIDDEN ? row[i + j] : T{};
   }
   return unit;
 }
 
-template <bool WIDE, class T>
+template <bool WIDE, bool STREAM, class T>
 FX_INLINE void store(T* row, int i, const Unit<T>& unit) {
   if constexpr (WIDE) {
     uint4* to = (uint4*)(row + i);
     const uint4* from = (const uint4*)&unit;
 #pragma unroll
-    for (int k = 0; k < (int)sizeof(unit) / 16; ++k) to[k] = from[k];
+    for (int k = 0; k < (int)sizeof(unit) / 16; ++k) {
+      if constexpr (STREAM) FX_STORE(".cs", to + k, from[k]);
+      else FX_STORE("", to + k, from[k]);
+    }
   } else {
 #pragma unroll
     for (int j = 0; j < 8; ++j)
@@ -175,7 +193,7 @@ struct Row {
       const {
     Unit<Out> result;
     Unit<Bias> b;
-    if constexpr (S::has_bias) b = load<WIDE>(bias, i);
+    if constexpr (S::has_bias) b = load<WIDE, false>(bias, i);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const pair v = unit.v[j].widen();
@@ -188,7 +206,7 @@ struct Row {
         result.v[j] = Two<Out>::narrow(S::element(v, scale, factor, shift));
       }
     }
-    store<WIDE>(out, i, result);
+    store<WIDE, FX_STREAM>(out, i, result);
   }
 };
 
@@ -323,8 +341,7 @@ FX_INLINE void run(const FxArgs& a) {
   typedef Unit<typename S::Weight> Weights;
   // Stores may alias the inputs as far as the compiler knows, so each batch loads before it stores.
   constexpr int BATCH = Here::kept ? CHUNKS : 1;
-  // Few enough to be loaded with x, before the sum is known.
-  constexpr bool EARLY = Here::kept && BATCH * MINE * (int)sizeof(Weights) <= 64;
+  constexpr int WEIGHT = Here::kept ? FX_WEIGHT : 2;
   const int t = threadIdx.x % FX_THREADS, row_of_block = threadIdx.x / FX_THREADS;
   const u32 r = blockIdx.x / FX_BLOCKS * (u32)FX_ROWS + row_of_block;
   const bool active = r < a.rows;  // the others only take part in the shuffles and barriers
@@ -343,6 +360,16 @@ FX_INLINE void run(const FxArgs& a) {
   Weights w[BATCH][MINE];
   float lane[SPREAD] = {};  // more than MINE of them add +0
 
+  auto load_weights = [&](int first) {
+#pragma unroll
+    for (int c = 0; c < BATCH; ++c)
+#pragma unroll
+      for (int m = 0; m < MINE; ++m) {
+        const int i = first_element(first + c, m, t);
+        if constexpr (S::has_weight)
+          if (active && i < FX_HIDDEN) w[c][m] = load<WIDE, false>(row.weight, i);
+      }
+  };
   auto load_batch = [&](int first, bool sums) {
     if constexpr (S::writes_sum) {
       if (!sums) {  // again: x and residual may be written over by now
@@ -351,7 +378,7 @@ FX_INLINE void run(const FxArgs& a) {
 #pragma unroll
           for (int m = 0; m < MINE; ++m) {
             const int i = first_element(first + c, m, t);
-            if (active && i < FX_HIDDEN) held[c][m] = load<WIDE>(row.sum, i);
+            if (active && i < FX_HIDDEN) held[c][m] = load<WIDE, FX_STREAM>(row.sum, i);
           }
         return;
       }
@@ -364,9 +391,10 @@ FX_INLINE void run(const FxArgs& a) {
       for (int m = 0; m < MINE; ++m) {
         const int i = first_element(first + c, m, t);
         if (!active || i >= FX_HIDDEN) continue;
-        x[c][m] = load<WIDE>(row.x, i);
-        if constexpr (S::has_residual) residual[c][m] = load<WIDE>(row.residual, i);
+        x[c][m] = load<WIDE, FX_STREAM>(row.x, i);
+        if constexpr (S::has_residual) residual[c][m] = load<WIDE, FX_STREAM>(row.residual, i);
       }
+    if (WEIGHT == 0) load_weights(first);
 #pragma unroll
     for (int c = 0; c < BATCH; ++c)
 #pragma unroll
@@ -375,21 +403,10 @@ FX_INLINE void run(const FxArgs& a) {
         if (!active || i >= FX_HIDDEN) continue;
         held[c][m] = row.normed(x[c][m], residual[c][m]);
         if constexpr (S::writes_sum)
-          if (sums) store<WIDE>(row.sum, i, held[c][m]);
-      }
-  };
-  auto load_weights = [&](int first) {
-#pragma unroll
-    for (int c = 0; c < BATCH; ++c)
-#pragma unroll
-      for (int m = 0; m < MINE; ++m) {
-        const int i = first_element(first + c, m, t);
-        if constexpr (S::has_weight)
-          if (active && i < FX_HIDDEN) w[c][m] = load<WIDE>(row.weight, i);
+          if (sums) store<WIDE, FX_STREAM>(row.sum, i, held[c][m]);
       }
   };
 
-  if (EARLY) load_weights(0);
   for (int first = 0; first < CHUNKS; first += BATCH) {
     load_batch(first, true);
 #pragma unroll
@@ -399,6 +416,7 @@ FX_INLINE void run(const FxArgs& a) {
         if (active && first_element(first + c, m, t) < FX_HIDDEN)
           lane[m] = lane[m] + squares_of<S>(held[c][m]);
   }
+  if (WEIGHT == 1) load_weights(0);
   const float squares = row_sum(lane, t, row_of_block);
 #if __CUDA_ARCH__ >= 900
   if (!FX_EAGER) asm volatile("griddepcontrol.launch_dependents;");
@@ -409,7 +427,7 @@ FX_INLINE void run(const FxArgs& a) {
     if (t == 0 && block_of_row() == 0) store_one((typename S::RowValue*)a.row + r, scale);
   for (int first = 0; first < CHUNKS; first += BATCH) {
     if constexpr (!Here::kept) load_batch(first, false);
-    if (!EARLY) load_weights(first);
+    if (WEIGHT == 2) load_weights(first);
 #pragma unroll
     for (int c = 0; c < BATCH; ++c)
 #pragma unroll

@@ -45,6 +45,11 @@ class Schedule:
     """Of a row: a cluster, each block with a segment (compute capability 9.0; one row a block)."""
     segment: int = 0
     """Units of 8 elements of a chunk in each of several blocks: a power of two, at least 32."""
+    weight: int = 0
+    """When a thread loads the weight: 0 with x, 1 before the threads of a row add up, 2 after.
+    Of a row too long for the registers always after."""
+    stream: bool = False
+    """What is read and written leaves the caches first: it is far more than they hold."""
 
 
 def refusal(spec: NormSpec) -> str | None:
@@ -70,6 +75,8 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
             f"#define FX_BLOCKS {schedule.blocks}",
             f"#define FX_SEGMENT {schedule.segment}",
             f"#define FX_EAGER {int(schedule.eager)}",
+            f"#define FX_WEIGHT {schedule.weight}",
+            f"#define FX_STREAM {int(schedule.stream)}",
             f"#define FX_DIRECT {_DIRECT}",
             f"#define FX_KEPT_BYTES {_KEPT_BYTES}",
             header("cuda_pairs.h"),
