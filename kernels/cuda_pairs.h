@@ -1,5 +1,5 @@
 // Numbers of the CUDA kernels: 16-bit types as bits, and arithmetic on pairs of float32. Every
-// rounding is one instruction, spelt out. Compiled by NVRTC, before cuda_row.h; needs no header.
+// rounding is one instruction, spelt out. Compiled by NVRTC, first; needs no header.
 
 typedef unsigned short u16;
 typedef unsigned int u32;

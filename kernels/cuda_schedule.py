@@ -1,10 +1,12 @@
 """How `cuda.row` spreads rows over threads: a choice of speed, no bit depends on it.
 
-Every table is from sweeps on an H200 (hidden 64 to 65,536, 1 to 1,048,576 rows, hot and cold): what
-is taken is on average 1 % slower than the best of up to 40 schedules of a point.
+Every table is from sweeps on an H200 (hidden 64 to 16,384, 1 to 32,768 rows, hot and cold): what is
+taken is on average 1 % slower than the best of up to 40 schedules of a point.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -13,7 +15,7 @@ from fxpass.kernels.cuda_source import Schedule
 from fxpass.spec import NormSpec
 
 _SIZES = (
-    (128, "alone"),
+    (132, "alone"),
     (264, "pairs"),
     (396, "threes"),
     (640, "few"),
@@ -24,48 +26,196 @@ _SIZES = (
 to several: multiprocessors wait for rows. some: the grid is over so soon that the next kernel may
 come in at once. More are many: multiprocessors wait for memory."""
 
-_EACH: dict[tuple[str, str], tuple[tuple[int, int], ...]] = {
-    ("alone", "light"): ((512, 1), (1024, 2)),
-    ("pairs", "light"): ((512, 1), (896, 2), (1024, 1)),
-    ("pairs", "heavy"): ((640, 1), (896, 2), (1024, 1)),
-    ("threes", "light"): ((512, 1), (640, 2), (896, 3), (1024, 2)),
-    ("threes", "float"): ((512, 1), (1024, 2)),
-    ("threes", "heavy"): ((32, 1), (64, 2), (128, 4), (256, 2), (512, 1), (896, 2), (1024, 4)),
-    ("few", "light"): ((512, 1), (768, 2), (1024, 4)),
-    ("few", "float"): ((512, 1), (640, 2), (896, 3), (1024, 2)),
-    ("few", "heavy"): ((32, 1), (64, 2), (128, 4), (256, 2), (512, 1), (896, 5), (1024, 4)),
-    ("several", "light"): ((256, 1), (640, 2), (1024, 4)),
-    ("several", "heavy"): ((32, 1), (64, 2), (128, 4), (256, 1), (1024, 2)),
-    ("some", "light"): ((32, 1), (64, 2), (1024, 4)),
-    ("some", "heavy"): ((32, 1), (64, 2), (128, 4), (512, 1), (1024, 2)),
-    ("many", "light"): ((8, 1), (32, 2), (1024, 4)),
-    ("many", "float"): ((8, 1), (64, 2), (896, 4), (1024, 2)),
-    ("many", "heavy"): ((32, 1), (64, 2), (128, 4), (512, 1), (1024, 2)),
+
+class Threads(NamedTuple):
+    """Of rows that one block takes whole."""
+
+    units: int
+    """Of 8 elements, a row's: this entry is for rows up to that long."""
+    each: int
+    """Units of a thread."""
+    block: int
+    """Threads of a block that takes several rows; one of a longer row has more."""
+    weight: int
+    """When it is loaded (`Schedule.weight`)."""
+
+
+_WHOLE: dict[tuple[str, str], tuple[Threads, ...]] = {
+    ("alone", "light"): (
+        Threads(64, 1, 128, 0),
+        Threads(128, 2, 64, 0),
+        Threads(256, 1, 128, 0),
+        Threads(512, 1, 128, 1),
+        Threads(896, 2, 128, 1),
+        Threads(1024, 2, 128, 2),
+    ),
+    ("alone", "heavy"): (
+        Threads(640, 1, 128, 1),
+        Threads(896, 2, 128, 1),
+        Threads(1024, 2, 128, 2),
+    ),
+    ("pairs", "light"): (
+        Threads(64, 1, 128, 0),
+        Threads(128, 2, 128, 0),
+        Threads(256, 1, 128, 0),
+        Threads(512, 1, 128, 1),
+        Threads(896, 2, 128, 1),
+        Threads(1024, 2, 128, 2),
+    ),
+    ("pairs", "heavy"): (
+        Threads(640, 1, 128, 1),
+        Threads(896, 2, 128, 1),
+        Threads(1024, 1, 128, 2),
+    ),
+    ("threes", "light"): (
+        Threads(64, 1, 128, 0),
+        Threads(256, 1, 128, 2),
+        Threads(512, 2, 128, 1),
+        Threads(640, 1, 128, 1),
+        Threads(896, 2, 128, 1),
+        Threads(1024, 2, 128, 2),
+    ),
+    ("threes", "float"): (
+        Threads(64, 1, 128, 0),
+        Threads(256, 1, 128, 2),
+        Threads(512, 2, 128, 1),
+        Threads(640, 1, 128, 1),
+        Threads(896, 2, 128, 1),
+        Threads(1024, 4, 128, 1),
+    ),
+    ("threes", "heavy"): (
+        Threads(256, 1, 128, 1),
+        Threads(512, 2, 128, 1),
+        Threads(640, 1, 128, 1),
+        Threads(896, 2, 128, 1),
+        Threads(1024, 4, 128, 2),
+    ),
+    ("few", "light"): (
+        Threads(64, 1, 128, 0),
+        Threads(128, 1, 256, 2),
+        Threads(512, 1, 128, 2),
+        Threads(640, 2, 128, 1),
+        Threads(1024, 4, 128, 0),
+    ),
+    ("few", "float"): (
+        Threads(64, 1, 128, 0),
+        Threads(128, 1, 256, 2),
+        Threads(512, 1, 128, 2),
+        Threads(640, 2, 128, 0),
+        Threads(1024, 2, 128, 2),
+    ),
+    ("few", "heavy"): (
+        Threads(256, 1, 128, 2),
+        Threads(512, 2, 128, 2),
+        Threads(640, 5, 128, 2),
+        Threads(896, 7, 128, 0),
+        Threads(1024, 8, 128, 0),
+    ),
+    ("several", "light"): (
+        Threads(256, 1, 256, 2),
+        Threads(512, 2, 128, 0),
+        Threads(1024, 4, 128, 0),
+    ),
+    ("several", "heavy"): (
+        Threads(128, 1, 256, 2),
+        Threads(256, 2, 128, 2),
+        Threads(512, 1, 128, 0),
+        Threads(896, 2, 128, 2),
+        Threads(1024, 2, 128, 0),
+    ),
+    ("some", "light"): (
+        Threads(32, 1, 512, 0),
+        Threads(64, 2, 512, 0),
+        Threads(128, 4, 128, 2),
+        Threads(512, 2, 128, 0),
+        Threads(1024, 4, 128, 0),
+    ),
+    ("some", "float"): (
+        Threads(32, 1, 512, 0),
+        Threads(64, 2, 512, 0),
+        Threads(128, 4, 128, 2),
+        Threads(512, 2, 128, 0),
+        Threads(896, 4, 128, 0),
+        Threads(1024, 2, 128, 0),
+    ),
+    ("some", "heavy"): (
+        Threads(32, 1, 512, 0),
+        Threads(256, 2, 128, 2),
+        Threads(512, 1, 128, 0),
+        Threads(1024, 2, 128, 0),
+    ),
+    ("many", "light"): (
+        Threads(8, 1, 256, 0),
+        Threads(512, 2, 256, 0),
+        Threads(896, 4, 256, 0),
+        Threads(1024, 4, 512, 0),
+    ),
+    ("many", "float"): (
+        Threads(8, 1, 256, 0),
+        Threads(64, 2, 256, 0),
+        Threads(256, 2, 128, 0),
+        Threads(512, 2, 512, 0),
+        Threads(640, 4, 256, 0),
+        Threads(896, 2, 256, 2),
+        Threads(1024, 2, 256, 0),
+    ),
+    ("many", "heavy"): (
+        Threads(64, 1, 256, 0),
+        Threads(128, 2, 128, 0),
+        Threads(256, 1, 256, 0),
+        Threads(512, 1, 1024, 0),
+        Threads(1024, 1, 256, 0),
+    ),
 }
-"""Units of 8 elements of a thread, by rows and kind (see `_kind`): (units of the row up to, units
-of a thread). A kind without an entry has light's."""
-_LONG: dict[tuple[str, str], tuple[int, bool]] = {
-    ("alone", "light"): (512, True),
-    ("alone", "float"): (1024, True),
-    ("pairs", "float"): (1024, False),
-    ("threes", "float"): (256, True),
-    ("few", "light"): (256, True),
-    ("alone", "heavy"): (1024, True),
-    ("pairs", "heavy"): (256, False),
-    ("threes", "heavy"): (256, False),
-    ("few", "heavy"): (1024, True),
-    ("many", "float"): (1024, False),
-}
-"""Threads of a row of several chunks, and whether the next kernel may come in at once."""
+"""By rows and kind (see `_kind`). A kind without an entry has light's."""
+
+_LONG = {"light": 512}
+"""Threads of a row of several chunks, by kind: other kinds have 1024."""
+
+
+class Cluster(NamedTuple):
+    """Of rows that several blocks share."""
+
+    most: int
+    """Blocks of all rows together, or rows, up to which that gains."""
+    segment: int
+    """Units of a chunk that one block takes."""
+    threads: int
+    """Of a block."""
+    weight: int
+    above: int = 0
+    """Units of the rows that are longer than what gains by it."""
+
 
 _CAPABILITY = (9, 0)
-"""From which on several blocks can share a row."""
-_SEGMENTS: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
-    "heavy": (240, ((128, 256), (256, 512), (512, 768))),
-    "light": (180, ((128, 384), (256, 384), (512, 896))),
+"""From which on there are clusters."""
+_CLUSTERS: dict[str, tuple[Cluster, ...]] = {
+    "light": (
+        Cluster(180, 128, 128, 0, 384),
+        Cluster(180, 256, 128, 0, 640),
+        Cluster(264, 512, 256, 1, 896),
+    ),
+    "heavy": (
+        Cluster(264, 128, 128, 1, 256),
+        Cluster(264, 256, 256, 1, 512),
+        Cluster(528, 512, 256, 1, 896),
+    ),
 }
-"""Blocks at most, of all rows (more than a multiprocessor each, yet no second wave of them), and
-(units of a segment, units of the rows that are longer than what gains by segments of that)."""
+"""Of rows of one chunk; `most` counts blocks. Rows that fit none are taken whole."""
+_LONG_CLUSTERS: dict[str, tuple[Cluster, ...]] = {
+    "light": (
+        Cluster(33, 128, 128, 0),
+        Cluster(132, 256, 128, 1),
+        Cluster(1024, 256, 128, 0),
+    ),
+    "heavy": (
+        Cluster(33, 128, 128, 0),
+        Cluster(132, 256, 128, 1),
+        Cluster(264, 512, 256, 0),
+        Cluster(1024, 128, 128, 0),
+    ),
+}
+"""Of rows of several chunks; `most` counts rows."""
 _MOST_BLOCKS = 8  # of a cluster on every GPU that has clusters
 
 
@@ -73,37 +223,38 @@ def schedule(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int]
     """The schedule for so many rows on a device of that compute capability."""
     units, kind = -(-hidden // gpu_rows.VECTOR), _kind(spec)
     if capability >= _CAPABILITY:
-        for rows_up_to, segment, blocks in _clusters(kind, units):
+        for rows_up_to, blocks, found in _clusters(kind, units):
             if rows <= rows_up_to:
-                return Schedule(segment, 1, eager=True, blocks=blocks, segment=segment)
+                return Schedule(found.threads, 1, True, blocks, found.segment, found.weight)
     size = next((word for most, word in _SIZES if rows <= most), "many")
     if hidden > gpu_rows.MOST_LANES:
-        threads, eager = _LONG.get((size, kind)) or (512 if kind != "heavy" else 1024, False)
-        return Schedule(threads, 1, eager=eager)
-    table = _EACH.get((size, kind)) or _EACH[size, "light"]
-    each = next(each for most, each in table if units <= most)
-    threads = _threads(-(-units // each))
+        full = size in ("some", "many")
+        return Schedule(_LONG.get(kind, 1024), 1, eager=not full, weight=0 if full else 2)
+    table = _WHOLE.get((size, kind)) or _WHOLE[size, "light"]
+    way = next(way for way in table if units <= way.units)
+    threads = _threads(-(-units // way.each))
     # Four long rows of a multiprocessor leave no room for blocks of the next kernel.
-    full = size in ("few", "several") and kind == "light" and units > 896
-    eager = size != "many" and not full
-    return Schedule(threads, max(1, _block(size, units, threads) // threads), eager=eager)
+    eager = size != "many" and not (size == "few" and units > 640)
+    return Schedule(threads, max(1, way.block // threads), eager=eager, weight=way.weight)
 
 
 def changes(hidden: int) -> list[int]:
     """The numbers of rows at which another schedule may begin, on any device."""
     units = -(-hidden // gpu_rows.VECTOR)
-    ends = {end for kind in _SEGMENTS for end, *_ in _clusters(kind, units)}
+    ends = {end for kind in _CLUSTERS for end, *_ in _clusters(kind, units)}
     return sorted({1} | {end + 1 for end in ends | {most for most, _ in _SIZES}})
 
 
-def _clusters(kind: str, units: int) -> list[tuple[int, int, int]]:
-    """(rows up to, units of a segment, blocks of a row), most blocks first."""
-    most, every = _SEGMENTS.get(kind) or _SEGMENTS["light"]
-    lanes = min(units, gpu_rows.MOST_LANES // gpu_rows.VECTOR)
-    found = [(segment, -(-lanes // segment)) for segment, above in every if units > above]
-    return [
-        (most // blocks, segment, blocks) for segment, blocks in found if blocks <= _MOST_BLOCKS
-    ]
+def _clusters(kind: str, units: int) -> list[tuple[int, int, Cluster]]:
+    """(rows up to, blocks of a row, how), fewest rows first."""
+    lanes = gpu_rows.MOST_LANES // gpu_rows.VECTOR
+    if units > lanes:
+        long = _LONG_CLUSTERS.get(kind) or _LONG_CLUSTERS["light"]
+        return [(found.most, lanes // found.segment, found) for found in long]
+    fitting = [found for found in _CLUSTERS.get(kind) or _CLUSTERS["light"] if units > found.above]
+    blocks = [-(-units // found.segment) for found in fitting]
+    pairs = zip(blocks, fitting, strict=True)
+    return [(found.most // count, count, found) for count, found in pairs if count <= _MOST_BLOCKS]
 
 
 def _kind(spec: NormSpec) -> str:
@@ -115,15 +266,6 @@ def _kind(spec: NormSpec) -> str:
     if spec.residual is not None or spec.normed == torch.float32:
         return "heavy"
     return "float" if cuda_source.before_product(spec) is None else "light"
-
-
-def _block(size: str, units: int, threads: int) -> int:
-    """Threads of a block that takes several rows."""
-    if size in ("some", "many") and threads <= 32:
-        return 512 if size == "some" or 8 < units <= 64 else 256
-    if size == "many":
-        return 512 if threads == 256 else 256
-    return 128
 
 
 def _threads(count: int) -> int:

@@ -27,9 +27,6 @@ _QUALIFIERS = "static __device__ __forceinline__"
 _KEPT_BYTES = 128
 """Of a row in one thread's registers: 32 of its 255."""
 
-_DIRECT = 8
-"""Partial sums that every thread of a row adds by itself."""
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -48,8 +45,6 @@ class Schedule:
     weight: int = 0
     """When a thread loads the weight: 0 with x, 1 before the threads of a row add up, 2 after.
     Of a row too long for the registers always after."""
-    stream: bool = False
-    """What is read and written leaves the caches first: it is far more than they hold."""
 
 
 def refusal(spec: NormSpec) -> str | None:
@@ -76,10 +71,9 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
             f"#define FX_SEGMENT {schedule.segment}",
             f"#define FX_EAGER {int(schedule.eager)}",
             f"#define FX_WEIGHT {schedule.weight}",
-            f"#define FX_STREAM {int(schedule.stream)}",
-            f"#define FX_DIRECT {_DIRECT}",
             f"#define FX_KEPT_BYTES {_KEPT_BYTES}",
             header("cuda_pairs.h"),
+            header("cuda_lanes.h"),
             header("cuda_row.h"),
             *c_struct.struct(spec, _QUALIFIERS, _WORDS, flags, more),
             f'extern "C" __global__ void __launch_bounds__({schedule.threads * schedule.rows})',

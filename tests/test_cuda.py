@@ -116,7 +116,7 @@ def test_reads_and_writes_16_bytes(cubins, name, hidden, tmp_path):
 
 def test_generated_source_is_the_same_every_time(golden):
     text = source_of("residual", 4096, MANY, "sm_90")
-    for name in ("cuda_pairs.h", "cuda_row.h"):
+    for name in ("cuda_pairs.h", "cuda_lanes.h", "cuda_row.h"):
         text = text.replace(cuda_source.header(name), f"... {name}")
     golden(text)
 
@@ -127,16 +127,25 @@ KINDS = ("llama", "llama_f32", "residual", "residual_f32_sum")
 
 
 def units_of(hidden: int) -> int:
-    """UNITS of cuda_row.h."""
+    """UNITS of cuda_lanes.h."""
     lanes = gpu_rows.lanes(hidden)
     return lanes // 8 if hidden > lanes else -(-hidden // 8)
 
 
-def partial_sums(units: int, schedule: Schedule) -> int:
-    """PARTIALS of cuda_row.h."""
+def mine_of(units: int, schedule: Schedule) -> int:
+    """MINE of cuda_lanes.h."""
     segment = schedule.segment if schedule.blocks > 1 else units
-    mine = -(-segment // schedule.threads)
-    return schedule.blocks * mine * max(1, schedule.threads // 32)
+    return -(-segment // schedule.threads)
+
+
+def spread_of(units: int, schedule: Schedule) -> int:
+    """SPREAD of cuda_lanes.h."""
+    return 1 << (mine_of(units, schedule) - 1).bit_length()
+
+
+def partial_sums(units: int, schedule: Schedule) -> int:
+    """PARTIALS of cuda_lanes.h."""
+    return schedule.blocks * mine_of(units, schedule) * max(1, schedule.threads // 32)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -156,6 +165,9 @@ def test_every_schedule_is_legal(name, arch):
             assert block <= 1024
             assert block % 32 == 0  # a shuffle names all lanes of its warp
             assert partial_sums(units, schedule) <= 32, (hidden, rows)
+            spread = spread_of(units, schedule)
+            assert spread <= min(threads, 32), (hidden, rows)
+            assert schedule.blocks * spread <= 32, (hidden, rows)
             if schedule.blocks == 1:
                 continue
             assert arch != "sm_80"
@@ -193,4 +205,9 @@ def test_an_illegal_schedule_does_not_compile():
         cuda_build._compile(text, "sm_90")
     text = cuda_source.source(ALL["llama"], 8192, Schedule(128, 1, blocks=7, segment=128))
     with pytest.raises(BuildError, match="one row, all of it"):
+        cuda_build._compile(text, "sm_90")
+    text = cuda_source.source(ALL["llama"], 64, Schedule(4, 8, weight=1))
+    cuda_build._compile(text, "sm_90")
+    text = cuda_source.source(ALL["llama"], 64, Schedule(1, 32))
+    with pytest.raises(BuildError, match="a value for every thread at most"):
         cuda_build._compile(text, "sm_90")
