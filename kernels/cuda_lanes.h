@@ -145,7 +145,7 @@ FX_INLINE float row_sum(const float* lane, int t, int row_of_block) {
   __syncthreads();
 #endif
   // Every thread adds all of them, if that is less than 5 shuffles of every warp take together.
-  if constexpr (PARTIALS <= 8 || (FX_BLOCKS == 1 && WARPS <= 8)) {
+  if constexpr (PARTIALS <= 8 || WARPS <= 8) {
     float all[PARTIALS];
 #pragma unroll
     for (int p = 0; p < PARTIALS; ++p) all[p] = shared[row_of_block][p];
