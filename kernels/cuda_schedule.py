@@ -184,20 +184,25 @@ class Cluster(NamedTuple):
     """Of a block."""
     weight: int
     above: int = 0
-    """Units of the rows that are longer than what gains by it."""
+    up_to: int = 1024
+    """Units of the rows that gain: more than, and at most."""
 
 
 _CAPABILITY = (9, 0)
 """From which on there are clusters."""
 _CLUSTERS: dict[str, tuple[Cluster, ...]] = {
     "light": (
+        Cluster(264, 32, 32, 0, 128, 256),
+        Cluster(264, 64, 64, 1, 128, 256),
         Cluster(180, 128, 128, 0, 384),
+        Cluster(264, 128, 64, 1, 896),
         Cluster(180, 256, 128, 0, 640),
         Cluster(264, 512, 256, 1, 896),
     ),
     "heavy": (
-        Cluster(264, 128, 128, 1, 256),
-        Cluster(264, 256, 256, 1, 512),
+        Cluster(264, 32, 32, 1, 64, 256),
+        Cluster(448, 128, 128, 1, 256),
+        Cluster(264, 256, 128, 1, 512),
         Cluster(528, 512, 256, 1, 896),
     ),
 }
@@ -209,9 +214,9 @@ _LONG_CLUSTERS: dict[str, tuple[Cluster, ...]] = {
         Cluster(1024, 256, 128, 0),
     ),
     "heavy": (
-        Cluster(33, 128, 128, 0),
+        Cluster(33, 128, 128, 1),
         Cluster(132, 256, 128, 1),
-        Cluster(264, 512, 256, 0),
+        Cluster(264, 512, 256, 1),
         Cluster(1024, 128, 128, 0),
     ),
 }
@@ -246,15 +251,17 @@ def changes(hidden: int) -> list[int]:
 
 
 def _clusters(kind: str, units: int) -> list[tuple[int, int, Cluster]]:
-    """(rows up to, blocks of a row, how), fewest rows first."""
+    """(rows up to, blocks of a row, how): the first that fits is taken."""
     lanes = gpu_rows.MOST_LANES // gpu_rows.VECTOR
     if units > lanes:
         long = _LONG_CLUSTERS.get(kind) or _LONG_CLUSTERS["light"]
         return [(found.most, lanes // found.segment, found) for found in long]
-    fitting = [found for found in _CLUSTERS.get(kind) or _CLUSTERS["light"] if units > found.above]
-    blocks = [-(-units // found.segment) for found in fitting]
-    pairs = zip(blocks, fitting, strict=True)
-    return [(found.most // count, count, found) for count, found in pairs if count <= _MOST_BLOCKS]
+    fitting = [
+        (-(-units // found.segment), found)
+        for found in _CLUSTERS.get(kind) or _CLUSTERS["light"]
+        if found.above < units <= found.up_to
+    ]
+    return [(found.most // n, n, found) for n, found in fitting if n <= _MOST_BLOCKS]
 
 
 def _kind(spec: NormSpec) -> str:
