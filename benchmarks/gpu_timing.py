@@ -20,11 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_graphs import captured, graph_times
 
 REPLAY_US = 250.0
 """Least length of one replay: the gap between two queued graphs, 1-2 us, is lost in it."""
 SLOW_US = 3000.0
 """Replays longer than this are repeated less often."""
+SHORT_US = 20.0
+"""Calls shorter than this are measured in several instantiations of their graph."""
+LONG_S = 0.01
+"""Calls longer than this are repeated less often."""
 ROUNDS = 3
 REPLAYS = 3
 """Timed replays per round, after one that is not timed."""
@@ -48,65 +53,10 @@ class Budget:
         return self.seconds - self.spent
 
 
-@functools.cache
-def _pool() -> tuple[Any, Any, torch.cuda.Stream]:
-    """A memory pool that all graphs share, a graph that keeps it alive, and a side stream.
-
-    Graphs are never replayed while another one's outputs matter, so they may share memory, and no
-    capture pays for allocating it anew.
-    """
-    stream, pool, graph = (
-        torch.cuda.Stream(),
-        torch.cuda.graph_pool_handle(),
-        torch.cuda.CUDAGraph(),
-    )
-    with torch.cuda.stream(stream):
-        graph.capture_begin(pool=pool)
-        torch.zeros(1, device="cuda")
-        graph.capture_end()
-    return pool, graph, stream
-
-
-def capture(call: Callable[[int], object], count: int, sets: int) -> Callable[[], object]:
-    """A graph of `count` calls, each given the number of its buffer set; returns its replay.
-
-    As many outputs as there are buffer sets stay alive at a time, so outputs rotate as well.
-    """
-    pool, _, stream = _pool()
-    graph = torch.cuda.CUDAGraph()
-    kept: list[object] = [None] * sets
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            for i in range(count):
-                kept[i % sets] = call(i % sets)
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph.replay
-
-
 def calls_per_replay(estimate_us: float, sets: int) -> int:
     """Enough calls for one replay, and a whole number of turns through the buffer sets."""
     turns = max(1, -(-REPLAY_US // (estimate_us * sets)))
     return int(turns) * sets
-
-
-def graph_times(replay: Callable[[], object], timed: int) -> list[float]:
-    """Microseconds of each of `timed` replays. All are queued at once, behind one not timed.
-
-    With the device busy the launch of a graph on the host does not count.
-    """
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(timed + 1)]
-    replay()
-    events[0].record()
-    for event in events[1:]:
-        replay()
-        event.record()
-    torch.cuda.synchronize()
-    pairs = itertools.pairwise(events)
-    return [before.elapsed_time(after) * 1e3 for before, after in pairs]
 
 
 def host_times(call: Callable[[], object], timed: int) -> list[float]:
@@ -119,6 +69,37 @@ def host_times(call: Callable[[], object], timed: int) -> list[float]:
     return found
 
 
+def call_times(call: Callable[[], object], device: str) -> dict[str, float | None]:
+    """call_ms and host_us of a call that was warmed up."""
+    if device == "cpu":
+        ms = statistics.median(host_times(call, 5)) / 1e3
+        return {"graph_ms": None, "call_ms": round(ms, 4), "host_us": None}
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    many = time.perf_counter() - start < LONG_S
+    host, whole = [], []
+    for _ in range(15 if many else 5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        host.append((time.perf_counter() - start) * 1e6)
+    torch.cuda.synchronize()
+    turns = 8 if many else 2
+    for _ in range(5 if many else 3):
+        start = time.perf_counter()
+        for _ in range(turns):
+            call()
+        torch.cuda.synchronize()
+        whole.append((time.perf_counter() - start) / turns * 1e3)
+    return {
+        "graph_ms": None,  # once all columns are there
+        "call_ms": round(statistics.median(whole), 4),
+        "host_us": round(statistics.median(host), 1),
+    }
+
+
 def medians(
     calls: dict[str, Callable[[int], object]],
     estimate_us: float,
@@ -126,31 +107,45 @@ def medians(
     device: str,
     failed: dict[str, str],
 ) -> dict[str, float]:
-    """Median microseconds of one call of each column, measured in turns.
+    """Microseconds of one call of each column: medians of replays, measured in turns.
 
-    A column that no graph can hold is left out, and `failed` says why.
+    Of short calls the best of ROUNDS such medians, each of a graph instantiated anew: gaps between
+    kernels are then a good part of the time, and differ (`best_placed`). A column that no graph can
+    hold is left out, and `failed` says why.
     """
     if device == "cpu":
         return {
             name: statistics.median(host_times(functools.partial(call, 0), 3))
             for name, call in calls.items()
         }
-    count = calls_per_replay(estimate_us, sets)
-    replays = {}
+    count, short = calls_per_replay(estimate_us, sets), estimate_us < SHORT_US
+    graphs = {}
     for name, call in calls.items():
         try:
-            replays[name] = capture(call, count, sets)
+            graphs[name] = captured(call, count, sets)
         except RuntimeError as error:
             failed[name] = str(error).partition("\n")[0][:200]
-    times = {name: graph_times(replay, 1) for name, replay in replays.items()}
-    slow = {name for name, found in times.items() if found[0] > SLOW_US}
+            continue
+        graphs[name].instantiate()
+    times = {name: [graph_times(graph.replay, 1)] for name, graph in graphs.items()}
+    slow = {name for name, found in times.items() if found[0][0] > SLOW_US}
     for turn in range(ROUNDS):
-        for name, replay in replays.items():
+        for name, graph in graphs.items():
+            if short and turn and name not in slow:
+                graph.instantiate()
             if name not in slow:
-                times[name] += graph_times(replay, REPLAYS)
+                times[name].append(graph_times(graph.replay, REPLAYS))
             elif turn == 0:
-                times[name] += graph_times(replay, 2)
-    return {name: statistics.median(found) / count for name, found in times.items()}
+                times[name].append(graph_times(graph.replay, 2))
+    return {
+        name: (
+            min(map(statistics.median, found[1:]))
+            if short
+            else statistics.median(itertools.chain(*found))
+        )
+        / count
+        for name, found in times.items()
+    }
 
 
 def warm_up(device: str) -> None:

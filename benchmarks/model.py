@@ -4,9 +4,9 @@
     python benchmarks/model.py --device cpu --tiny         # does the script run? not a benchmark
 
 Llama-3-8B and Qwen3-8B shapes with fewer layers and random bf16 weights (`gpu_model.py`). graph_ms
-is the replay of a CUDA graph of one call, the best of ten captures of a short one and of three of a
-long one, call_ms one of many calls in a row without a graph, host_us the Python side of one call
-while the GPU is idle.
+is the replay of a CUDA graph of one call, the best of several instantiations (`best_placed`),
+call_ms one of many calls in a row without a graph, host_us the Python side of one call while the
+GPU is idle.
 Agreement is over 64 greedy steps from an empty cache: `agree` and `bits`, equal argmax and
 bit-equal logits when fed eager's tokens; `first`, the earliest step at which a sequence that runs
 freely leaves eager's. `alone`: share of a row's logits whose bits are those of the row run by
@@ -16,29 +16,21 @@ itself.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import gpu_fill
 import torch
 from gpu_agreement import Agreement
+from gpu_graphs import best_placed, captured
 from gpu_model import Model, Shape, build, shapes
-from gpu_timing import (
-    Budget,
-    Recorder,
-    add_arguments,
-    capture,
-    graph_times,
-    header,
-    host_times,
-    warm_up,
-)
+from gpu_timing import Budget, Recorder, add_arguments, call_times, header, warm_up
 from tabulate import tabulate
+from torch._inductor.compile_fx import compile_fx
 
 import fxpass
 
@@ -60,11 +52,8 @@ ALONE = ("eager", "fxpass_invariant")
 """Columns whose rows are also run alone; each compiles once more for it."""
 WORKS = (("decode", 1), ("prefill", 1), ("decode", 64), ("decode", 8), ("prefill", 8))
 TOKENS = {("prefill", 1): 4096, ("prefill", 8): 1024}
-LONG_S = 0.01
-"""Calls longer than this are repeated less often."""
-CAPTURES, LONG_CAPTURES = 10, 3
-"""The gaps between the kernels of a captured step are 0.1 us or 0.5 us each, all of a capture
-alike, whatever the kernels are: 876 us or 917 us of one model, so the best of several is taken."""
+PLACES, LONG_PLACES = 12, 4
+"""How often a graph is instantiated."""
 FILL_SHARE = 0.45
 RESERVE_S = 6.0
 
@@ -109,67 +98,30 @@ def works(args: argparse.Namespace) -> list[Work]:
     return [Work(found[name], *work, TOKENS.get(work, 1)) for work in WORKS for name in args.models]
 
 
-def compiled(model: Model, column: str, only: bool = False) -> Callable[..., Tensor]:
-    """The model as a column runs it; with `only`, compiled for the caches and run as it is."""
+def compiled(
+    model: Model, column: str, only: bool = False, alive: list[Any] | None = None
+) -> Callable[..., Tensor]:
+    """The model as a column runs it; with `only`, compiled for the caches and run as it is.
+
+    alive: takes what a CUDA graph of the model needs once another column has been compiled.
+    """
     backend, options = COLUMNS[column]
     torch.compiler.reset()  # Dynamo would go on with the code of the backend before
     fxpass.reset_report()
     if backend == "eager":
         return model
-    if backend == "inductor":
-        if only:
-            chosen = gpu_fill.inductor_only(options or None)
-            return torch.compile(model, dynamic=False, backend=chosen)
-        return torch.compile(model, dynamic=False, options=options or None)
 
-    def rewriting(graph: Any, inputs: Any) -> Any:
-        return fxpass.rmsnorm_backend(graph, inputs, options=options)
+    def backed(graph: Any, inputs: Any) -> Any:
+        if backend == "inductor":
+            made = compile_fx(graph, inputs, config_patches=options)
+        else:
+            made = fxpass.rmsnorm_backend(graph, inputs, options=options)
+        if alive is not None:
+            alive.append(made)
+        return made
 
-    chosen = gpu_fill.compiling_only(rewriting) if only else rewriting
+    chosen = gpu_fill.compiling_only(backed) if only else backed
     return torch.compile(model, dynamic=False, backend=chosen)
-
-
-def timed(call: Callable[[], object], device: str) -> dict[str, float | None]:
-    """graph_ms, call_ms and host_us of a call that was warmed up."""
-    if device == "cpu":
-        ms = statistics.median(host_times(call, 5)) / 1e3
-        return {"graph_ms": None, "call_ms": round(ms, 4), "host_us": None}
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    many = time.perf_counter() - start < LONG_S
-    host, whole = [], []
-    for _ in range(15 if many else 5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        host.append((time.perf_counter() - start) * 1e6)
-    torch.cuda.synchronize()
-    turns = 8 if many else 2
-    for _ in range(5 if many else 3):
-        start = time.perf_counter()
-        for _ in range(turns):
-            call()
-        torch.cuda.synchronize()
-        whole.append((time.perf_counter() - start) / turns * 1e3)
-    return {
-        "graph_ms": round(graph_ms(call, CAPTURES if many else LONG_CAPTURES, turns), 4),
-        "call_ms": round(statistics.median(whole), 4),
-        "host_us": round(statistics.median(host), 1),
-    }
-
-
-def graph_ms(call: Callable[[], object], captures: int, turns: int) -> float:
-    """The best of several captures of a call, each the median of its replays."""
-    kept, found = [], []
-    spare = torch.zeros(1, device="cuda")
-    for count in range(captures):
-        kept.append(capture(lambda _: call(), 1, 1))
-        times = [t for _ in range(2) for t in graph_times(kept[-1], turns)]
-        found.append(statistics.median(times) / 1e3)
-        kept.append(capture(lambda _: spare.add_(1), 1 << count, 1))  # the next lies elsewhere
-    return min(found)
 
 
 def rows_alone(call: Callable[..., Tensor], work: Work, inputs: tuple[Any, ...]) -> float:
@@ -180,17 +132,35 @@ def rows_alone(call: Callable[..., Tensor], work: Work, inputs: tuple[Any, ...])
     return round(float(torch.stack(equal).mean()), 6)
 
 
+@dataclass
+class Graphs:
+    """Of the columns of one work."""
+
+    by_column: dict[str, torch.cuda.CUDAGraph] = field(default_factory=dict)
+    alive: list[Any] = field(default_factory=list)
+    """Compiled code and inputs, whose memory they use."""
+
+
 def measure(
-    work: Work, model: Model, column: str, agreement: Agreement | None, device: str
+    work: Work,
+    model: Model,
+    column: str,
+    agreement: Agreement | None,
+    device: str,
+    graphs: Graphs,
 ) -> dict[str, Any]:
-    """One row."""
+    """One row but for graph_ms, for which the graph is left in `graphs`."""
     start = time.monotonic()
-    call, inputs = compiled(model, column), work.inputs(model, device)
+    call = compiled(model, column, alive=graphs.alive)
+    inputs = work.inputs(model, device)
     for _ in range(3):
         call(*inputs)
     spent = time.monotonic() - start
     report = fxpass.last_report()
-    times = timed(lambda: call(*inputs), device)
+    times = call_times(lambda: call(*inputs), device)
+    if device == "cuda":
+        graphs.by_column[column] = captured(lambda _: call(*inputs), 1, 1)
+        graphs.alive.append(inputs)
     same = agreement.of(call) if agreement else {"agree": None, "bits": None, "first": None}
     alone = column in ALONE and work.batch > 1
     same["alone"] = rows_alone(call, work, inputs) if alone else None
@@ -209,6 +179,38 @@ def measure(
     }
 
 
+class OutOfTimeError(Exception):
+    """Before which work."""
+
+
+def measured(
+    work: Work, model: Model, args: argparse.Namespace, budget: Budget, about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The rows of all columns, their graphs timed in turns. What fails is noted in `about`."""
+    agreement = Agreement(model, work.batch) if work.phase == "decode" else None
+    label = f"{work.shape.name} {work.phase} {work.batch}x{work.tokens}"
+    rows: list[dict[str, Any]] = []
+    graphs = Graphs()
+    start, longest = budget.spent, about.get("longest_s", 0.0)
+    if budget.left < RESERVE_S + longest:
+        raise OutOfTimeError(f"before {label}: {args.budget:.0f} s were over")
+    for column in args.columns:
+        try:
+            rows.append(measure(work, model, column, agreement, args.device, graphs))
+        except Exception as error:
+            traceback.print_exc()
+            failed = about.setdefault("failed", {})
+            failed[f"{label} {column}"] = f"{type(error).__name__}: {str(error)[:300]}"
+    if graphs.by_column:
+        short = work.phase == "decode"
+        best = best_placed(graphs.by_column, PLACES if short else LONG_PLACES, 8 if short else 2)
+        for row in rows:
+            row["graph_ms"] = round(best[row["column"]], 4)
+    about["longest_s"] = round(max(longest, budget.spent - start), 1)
+    print(f"{budget.spent:.0f} s: {label}", file=sys.stderr, flush=True)
+    return rows
+
+
 def run(args: argparse.Namespace, budget: Budget) -> Recorder:
     """Measure as much as the budget allows."""
     count = gpu_fill.workers(args, 12)
@@ -217,26 +219,15 @@ def run(args: argparse.Namespace, budget: Budget) -> Recorder:
     warm_up(args.device)
     recorder = Recorder(args.out, "model", {**header(args), "weights": "random"})
     models: dict[Shape, Model] = {}
-    longest = 0.0
     for work in works(args):
         model = models.get(work.shape) or models.setdefault(
             work.shape, build(work.shape, args.device)
         )
-        agreement = Agreement(model, work.batch) if work.phase == "decode" else None
-        for column in args.columns:
-            label = f"{work.shape.name} {work.phase} {work.batch}x{work.tokens} {column}"
-            if budget.left < RESERVE_S + longest:
-                recorder.about["cut"] = f"before {label}: {args.budget:.0f} s were over"
-                return recorder
-            before = budget.spent
-            try:
-                recorder.add([measure(work, model, column, agreement, args.device)])
-            except Exception as error:
-                traceback.print_exc()
-                failed = recorder.about.setdefault("failed", {})
-                failed[label] = f"{type(error).__name__}: {str(error)[:300]}"
-            longest = max(longest, budget.spent - before)
-            print(f"{budget.spent:.0f} s: {label}", file=sys.stderr, flush=True)
+        try:
+            recorder.add(measured(work, model, args, budget, recorder.about))
+        except OutOfTimeError as cut:
+            recorder.about["cut"] = str(cut)
+            break
     return recorder
 
 
