@@ -144,8 +144,9 @@ FX_INLINE float row_sum(const float* lane, int t, int row_of_block) {
   if (t % 32 < MINE) shared[row_of_block][first + m * WARPS] = mine;
   __syncthreads();
 #endif
-  // Every thread adds all of them, if that is less than 5 shuffles of every warp take together.
-  if constexpr (PARTIALS <= 8 || WARPS <= 8) {
+  // Every thread adds all of them, if that takes less than 5 shuffles of every warp together. From
+  // 5 warps on it can cost registers, and with them a block of a multiprocessor.
+  if constexpr (PARTIALS <= 8 || WARPS <= 4) {
     float all[PARTIALS];
 #pragma unroll
     for (int p = 0; p < PARTIALS; ++p) all[p] = shared[row_of_block][p];

@@ -24,8 +24,7 @@ def schedule(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int]
     table = cuda_tables.WHOLE.get((size, kind)) or cuda_tables.WHOLE[size, "light"]
     each, block, weight = next(found for most, *found in table if units <= most)
     threads = _threads(-(-units // each))
-    # Four long rows of a multiprocessor leave no room for blocks of the next kernel.
-    eager &= size != "few" or units <= 768
+    eager &= size != "few" or units <= cuda_tables.FULL.get(kind, 768)
     return Schedule(threads, max(1, block // threads), eager, weight=weight)
 
 
