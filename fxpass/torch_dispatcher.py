@@ -10,7 +10,7 @@ import functools
 import operator
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -63,17 +63,48 @@ def untraced(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _is_skipped(code: types.CodeType) -> bool:
-    """Marks a function's code, once for all that share it; False if this torch cannot."""
+def _is_skipped(code: types.CodeType, with_calls: bool = True) -> bool:
+    """Marks a function's code, once for all that share it; False if this torch cannot.
+
+    with_calls: also the frames that it calls.
+    """
     try:
         from torch._C._dynamo import eval_frame
 
-        skip: Any = eval_frame._FrameAction.SKIP
-        strategy: Any = eval_frame._FrameExecStrategy(skip, skip)
+        action: Any = eval_frame._FrameAction
+        calls = action.SKIP if with_calls else action.DEFAULT
+        strategy: Any = eval_frame._FrameExecStrategy(action.SKIP, calls)
         eval_frame.set_code_exec_strategy(code, strategy)
     except (ImportError, AttributeError):
         return False
     return True
+
+
+Switch = TypeVar("Switch", bound=Callable[..., Any])
+
+
+def dynamo_switch(function: Switch) -> Switch:
+    """For functions that call `set_dynamo`: Dynamo would put back what they set when they return."""
+    _is_skipped(function.__code__, with_calls=False)
+    return function
+
+
+@dynamo_switch
+def set_dynamo(callback: Any) -> Any:
+    """What compiles the frames this thread enters from now on; None is nothing. Returns what did.
+
+    Call it only from a `dynamo_switch`.
+    """
+    from torch._C._dynamo import eval_frame
+
+    return eval_frame.set_eval_frame(callback)  # type: ignore[attr-defined]
+
+
+@dynamo_switch
+def break_graph(why: str) -> None:
+    """End the graph that Dynamo traces, if it does: what follows is run, not traced."""
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(msg=why)
 
 
 def override(leaves: Kernels, on_cpu: Kernels, composites: Kernels) -> Callable[[], None]:

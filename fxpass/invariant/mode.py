@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,33 +89,66 @@ def active() -> bool:
     return _registered.everywhere or torch_dispatcher.thread_value(_KEY) is True
 
 
-@contextlib.contextmanager
-def batch_invariant_mode(enabled: bool = True) -> Iterator[None]:
+_IN_TRACED_CODE = (
+    "fxpass: batch_invariant_mode() inside code that torch.compile compiles runs uncompiled; for"
+    ' compiled code with invariant rows: torch.compile(..., backend="rmsnorm",'
+    ' options={"batch_invariant": True})'
+)
+
+
+def batch_invariant_mode(enabled: bool = True) -> Mode:
     """Rows of every operator's result do not depend on other rows, in this thread, until the end.
 
     Can be nested and used as a decorator; what autograd runs for a `backward()` called inside is
     included. `enabled=False` leaves the mode for a while, but not one that `enable` started.
     The outermost entry registers every replacement, which takes about 8 ms: around a loop it is
     cheaper than inside.
+
+    A graph that torch.compile traced has no mode in it. So where compiled code enters the mode, the
+    graph ends and the block runs uncompiled, with a warning.
     """
-    before = torch_dispatcher.thread_value(_KEY)
-    _registered.acquire()
-    torch_dispatcher.set_thread_value(_KEY, enabled)
-    try:
-        yield
-    finally:
+    return Mode(enabled)
+
+
+class Mode(contextlib.ContextDecorator):
+    """The context manager that `batch_invariant_mode` makes. Not for several threads at once."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._before: list[tuple[Any, Any]] = []
+
+    def _recreate_cm(self) -> Mode:
+        """For each call of a decorated function."""
+        return Mode(self._enabled)
+
+    @torch_dispatcher.dynamo_switch
+    def __enter__(self) -> None:
+        torch_dispatcher.break_graph(_IN_TRACED_CODE)
+        compiling = torch_dispatcher.set_dynamo(None)
+        if callable(compiling):
+            warnings.warn(_IN_TRACED_CODE, RuntimeWarning, stacklevel=2)
+        self._before.append((torch_dispatcher.thread_value(_KEY), compiling))
+        _registered.acquire()
+        torch_dispatcher.set_thread_value(_KEY, self._enabled)
+
+    @torch_dispatcher.dynamo_switch
+    def __exit__(self, *error: object) -> None:
+        before, compiling = self._before.pop()
         torch_dispatcher.set_thread_value(_KEY, before)
         _registered.release()
+        torch_dispatcher.set_dynamo(compiling)
 
 
 def enable() -> None:
     """Turn the mode on for all threads of the process, until `disable`. Twice is as once."""
+    torch_dispatcher.break_graph(_IN_TRACED_CODE)
     if _registered.set_everywhere(True):
         _registered.acquire()
 
 
 def disable() -> None:
     """Turn off what `enable` turned on; `with` blocks that are open keep the mode."""
+    torch_dispatcher.break_graph(_IN_TRACED_CODE)
     if _registered.set_everywhere(False):
         _registered.release()
 
