@@ -84,7 +84,7 @@ Switch = TypeVar("Switch", bound=Callable[..., Any])
 
 
 def dynamo_switch(function: Switch) -> Switch:
-    """For functions that call `set_dynamo`: Dynamo would put back what they set when they return."""
+    """For functions that call `set_dynamo`: what they set stays when they return."""
     _is_skipped(function.__code__, with_calls=False)
     return function
 
@@ -97,7 +97,7 @@ def set_dynamo(callback: Any) -> Any:
     """
     from torch._C._dynamo import eval_frame
 
-    return eval_frame.set_eval_frame(callback)  # type: ignore[attr-defined]
+    return eval_frame.set_eval_frame(callback)
 
 
 @dynamo_switch
