@@ -67,6 +67,11 @@ class Work:
     batch: int
     tokens: int
 
+    @property
+    def label(self) -> str:
+        """In words."""
+        return f"{self.shape.name} {self.phase} {self.batch}x{self.tokens}"
+
     def inputs(self, model: Model, device: str) -> tuple[Any, ...]:
         """Arguments of the model."""
         torch.manual_seed(1)
@@ -179,35 +184,25 @@ def measure(
     }
 
 
-class OutOfTimeError(Exception):
-    """Before which work."""
-
-
 def measured(
-    work: Work, model: Model, args: argparse.Namespace, budget: Budget, about: dict[str, Any]
+    work: Work, model: Model, args: argparse.Namespace, about: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """The rows of all columns, their graphs timed in turns. What fails is noted in `about`."""
     agreement = Agreement(model, work.batch) if work.phase == "decode" else None
-    label = f"{work.shape.name} {work.phase} {work.batch}x{work.tokens}"
     rows: list[dict[str, Any]] = []
     graphs = Graphs()
-    start, longest = budget.spent, about.get("longest_s", 0.0)
-    if budget.left < RESERVE_S + longest:
-        raise OutOfTimeError(f"before {label}: {args.budget:.0f} s were over")
     for column in args.columns:
         try:
             rows.append(measure(work, model, column, agreement, args.device, graphs))
         except Exception as error:
             traceback.print_exc()
             failed = about.setdefault("failed", {})
-            failed[f"{label} {column}"] = f"{type(error).__name__}: {str(error)[:300]}"
+            failed[f"{work.label} {column}"] = f"{type(error).__name__}: {str(error)[:300]}"
     if graphs.by_column:
         short = work.phase == "decode"
         best = best_placed(graphs.by_column, PLACES if short else LONG_PLACES, 8 if short else 2)
         for row in rows:
             row["graph_ms"] = round(best[row["column"]], 4)
-    about["longest_s"] = round(max(longest, budget.spent - start), 1)
-    print(f"{budget.spent:.0f} s: {label}", file=sys.stderr, flush=True)
     return rows
 
 
@@ -219,15 +214,18 @@ def run(args: argparse.Namespace, budget: Budget) -> Recorder:
     warm_up(args.device)
     recorder = Recorder(args.out, "model", {**header(args), "weights": "random"})
     models: dict[Shape, Model] = {}
+    longest = 0.0
     for work in works(args):
+        if budget.left < RESERVE_S + longest:
+            recorder.about["cut"] = f"before {work.label}: {args.budget:.0f} s were over"
+            break
+        before = budget.spent
         model = models.get(work.shape) or models.setdefault(
             work.shape, build(work.shape, args.device)
         )
-        try:
-            recorder.add(measured(work, model, args, budget, recorder.about))
-        except OutOfTimeError as cut:
-            recorder.about["cut"] = str(cut)
-            break
+        recorder.add(measured(work, model, args, recorder.about))
+        longest = max(longest, budget.spent - before)
+        print(f"{budget.spent:.0f} s: {work.label}", file=sys.stderr, flush=True)
     return recorder
 
 
