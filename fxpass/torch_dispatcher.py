@@ -8,6 +8,8 @@ from __future__ import annotations
 import collections
 import functools
 import operator
+import os
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -20,8 +22,6 @@ def python_overrides(operator_name: str) -> dict[str, str]:
 
     The dispatcher's dump marks what an override has replaced as inactive.
     """
-    import os
-
     ours = (os.path.dirname(torch.__file__) + os.sep, "/dev/null")
     found: dict[str, str] = {}
     for line in torch._C._dispatch_dump(operator_name).splitlines():
@@ -84,20 +84,49 @@ Switch = TypeVar("Switch", bound=Callable[..., Any])
 
 
 def dynamo_switch(function: Switch) -> Switch:
-    """For functions that call `set_dynamo`: what they set stays when they return."""
+    """For functions that call `stop_dynamo` and the like: what they set stays when they return."""
     _is_skipped(function.__code__, with_calls=False)
     return function
 
 
 @dynamo_switch
-def set_dynamo(callback: Any) -> Any:
-    """What compiles the frames this thread enters from now on; None is nothing. Returns what did.
+def stop_dynamo() -> Any:
+    """Let nothing compile the frames this thread enters from now on; None if nothing does.
 
-    Call it only from a `dynamo_switch`.
+    Else what `start_dynamo` takes. Call both only from a `dynamo_switch`.
     """
     from torch._C._dynamo import eval_frame
 
-    return eval_frame.set_eval_frame(callback)
+    before = eval_frame.set_eval_frame(None)
+    if callable(before):
+        return before
+    eval_frame.set_eval_frame(before)
+    return None
+
+
+@dynamo_switch
+def start_dynamo(before: Any) -> None:
+    """Undo `stop_dynamo`, if the call of compiled code that it was in, or another, still runs."""
+    from torch._C._dynamo import eval_frame
+
+    if before is not None and _in_compiled_call():
+        eval_frame.set_eval_frame(before)
+
+
+@dynamo_switch
+def _in_compiled_call() -> bool:
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.endswith(_EVAL_FRAME) and code.co_name in _CALLS:
+            return _CALLS[code.co_name]
+        frame = frame.f_back
+    return False
+
+
+_EVAL_FRAME = os.path.join("_dynamo", "eval_frame.py")
+_CALLS = {"compile_wrapper": True, "_fn": False}
+"""Functions that a call of compiled code goes through, and one of what Dynamo is disabled for."""
 
 
 @dynamo_switch

@@ -1,13 +1,15 @@
 """The mode entered by code that torch.compile compiles: the block runs in it, uncompiled."""
 
+import threading
 import warnings
 
 import pytest
 import torch
 
 import fxpass
+from fxpass.invariant.mode import active
 
-pytestmark = pytest.mark.filterwarnings("ignore:fxpass. batch_invariant_mode")
+pytestmark = pytest.mark.filterwarnings("ignore:fxpass. ")
 
 BACKENDS = ("inductor", "aot_eager", "eager")
 WEIGHT = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
@@ -87,16 +89,128 @@ def test_code_after_the_block_is_compiled() -> None:
     assert torch.mm not in called  # it ran in the block
 
 
-def test_an_exception_in_the_block_leaves_the_mode() -> None:
-    def function(x):
-        with fxpass.batch_invariant_mode():
-            raise KeyError("mine")
+class Counting:
+    """A backend that runs graphs as they are."""
 
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+def dynamo() -> object:
+    """What compiles this thread's frames."""
+    callback = torch._C._dynamo.eval_frame.set_eval_frame(None)
+    torch._C._dynamo.eval_frame.set_eval_frame(callback)
+    return callback
+
+
+def test_an_exception_in_the_block_leaves_the_mode() -> None:
+    backend = Counting()
+
+    def function(x, caught):
+        try:
+            with fxpass.batch_invariant_mode():
+                raise KeyError("mine")
+        except KeyError:
+            if not caught:
+                raise
+        return later(x)
+
+    def later(x):
+        return torch.sin(x)
+
+    compiled = torch.compile(function, backend=backend)
     with pytest.raises(KeyError, match="mine"):
-        torch.compile(function, backend="eager")(data())
-    x = data()
-    assert torch.equal(work(x), torch.softmax(torch.mm(x, WEIGHT), -1))
-    assert torch.equal(torch.compile(work, backend="eager", fullgraph=True)(x), work(x))
+        compiled(data(), caught=False)
+    assert (active(), dynamo(), backend.graphs) == (False, None, 0)
+    compiled(data(), caught=True)
+    assert (active(), dynamo(), backend.graphs) == (False, None, 1)
+
+
+def test_a_block_closed_elsewhere_leaves_dynamo_off() -> None:
+    backend = Counting()
+
+    def stream(x):
+        with fxpass.batch_invariant_mode():
+            while True:
+                yield work(x)
+
+    streams = []
+
+    @torch.compile(backend=backend)
+    def step(x):
+        if not streams:
+            streams.append(stream(x))
+        return next(streams[0])
+
+    step(data())
+    assert active()  # the block is open
+    streams.pop().close()
+    assert (active(), dynamo()) == (False, None)
+    before = backend.graphs
+    torch.cos(data())
+    assert backend.graphs == before
+
+
+def test_a_block_closed_by_compiled_code_leaves_dynamo_on() -> None:
+    backend = Counting()
+
+    def stream():
+        with fxpass.batch_invariant_mode():
+            yield
+
+    opened = stream()
+    next(opened)
+
+    def later(x):
+        return torch.sin(x)
+
+    @torch.compile(backend=backend)
+    def function(x):
+        opened.close()
+        return later(x)
+
+    function(data())
+    assert (active(), dynamo()) == (False, None)
+    assert backend.graphs
+
+
+def test_a_warning_that_is_an_error_changes_nothing() -> None:
+    compiled = torch.compile(in_block, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with pytest.raises(RuntimeWarning, match="runs uncompiled"):
+            compiled(data())
+    assert (active(), dynamo()) == (False, None)
+
+
+def test_one_object_for_several_threads() -> None:
+    mode, x = fxpass.batch_invariant_mode(), data()
+    inside, done = threading.Event(), threading.Event()
+    seen = []
+
+    def compiled_in_a_thread():
+        def function(x):
+            with mode:
+                inside.set()
+                done.wait(20)
+                return work(x)
+
+        torch.compile(function, backend="eager")(x)
+        seen.append((active(), dynamo()))
+
+    thread = threading.Thread(target=compiled_in_a_thread)
+    thread.start()
+    assert inside.wait(60)
+    with mode:
+        assert active()
+    assert (active(), dynamo()) == (False, None)
+    done.set()
+    thread.join()
+    assert seen == [(False, None)]
 
 
 def test_left_for_a_while() -> None:
@@ -111,15 +225,20 @@ def test_left_for_a_while() -> None:
 
 
 def test_switched_on_for_all() -> None:
-    def function(x):
-        fxpass.enable_batch_invariant()
-        try:
-            return work(x + 1) * 2
-        finally:
-            fxpass.disable_batch_invariant()
+    backend = Counting()
 
-    x = data()
-    assert torch.equal(torch.compile(function, backend="aot_eager")(x), wanted(x))
+    @torch.compile(backend=backend)
+    def function(x):
+        y = torch.sin(x)
+        fxpass.enable_batch_invariant()
+        inside = active()
+        fxpass.disable_batch_invariant()
+        return torch.cos(y), inside
+
+    with pytest.warns(RuntimeWarning, match="does not reach what follows"):
+        assert function(data())[1]
+    assert (active(), dynamo()) == (False, None)
+    assert backend.graphs == 2  # one until the mode, one after
 
 
 @pytest.mark.filterwarnings("always")
@@ -130,8 +249,9 @@ def test_says_so_once_a_call() -> None:
         compiled(data())
         with fxpass.batch_invariant_mode():  # not in compiled code
             work(data())
-    (one,) = [str(w.message) for w in caught if "fxpass" in str(w.message)]
-    assert 'options={"batch_invariant": True}' in one
+    (one,) = [w for w in caught if "fxpass" in str(w.message)]
+    assert 'options={"batch_invariant": True}' in str(one.message)
+    assert one.filename == __file__
 
 
 def test_a_whole_graph_is_refused_in_words() -> None:

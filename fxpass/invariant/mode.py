@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 from fxpass import torch_dispatcher
 from fxpass.invariant import pointwise
@@ -89,10 +94,17 @@ def active() -> bool:
     return _registered.everywhere or torch_dispatcher.thread_value(_KEY) is True
 
 
-_IN_TRACED_CODE = (
-    "fxpass: batch_invariant_mode() inside code that torch.compile compiles runs uncompiled; for"
-    ' compiled code with invariant rows: torch.compile(..., backend="rmsnorm",'
+_USE_THE_OPTION = (
+    '; for compiled code with invariant rows: torch.compile(..., backend="rmsnorm",'
     ' options={"batch_invariant": True})'
+)
+_BLOCK_IN_TRACED_CODE = (
+    "fxpass: batch_invariant_mode() inside code that torch.compile compiles: the block runs"
+    " uncompiled" + _USE_THE_OPTION
+)
+_ENABLED_IN_TRACED_CODE = (
+    "fxpass: enable_batch_invariant() inside code that torch.compile compiles does not reach what"
+    " follows in it" + _USE_THE_OPTION
 )
 
 
@@ -110,12 +122,23 @@ def batch_invariant_mode(enabled: bool = True) -> Mode:
     return Mode(enabled)
 
 
+class _Open(threading.local):
+    """What was before each block of this thread that is open, by its `Mode`."""
+
+    def __init__(self) -> None:
+        self.before: weakref.WeakKeyDictionary[Mode, list[tuple[Any, Any]]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+
+_open = _Open()
+
+
 class Mode(contextlib.ContextDecorator):
-    """The context manager that `batch_invariant_mode` makes. Not for several threads at once."""
+    """The context manager that `batch_invariant_mode` makes."""
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
-        self._before: list[tuple[Any, Any]] = []
 
     def _recreate_cm(self) -> Mode:
         """For each call of a decorated function."""
@@ -123,34 +146,60 @@ class Mode(contextlib.ContextDecorator):
 
     @torch_dispatcher.dynamo_switch
     def __enter__(self) -> None:
-        torch_dispatcher.break_graph(_IN_TRACED_CODE)
-        compiling = torch_dispatcher.set_dynamo(None)
-        if callable(compiling):
-            warnings.warn(_IN_TRACED_CODE, RuntimeWarning, stacklevel=2)
-        self._before.append((torch_dispatcher.thread_value(_KEY), compiling))
-        _registered.acquire()
+        torch_dispatcher.break_graph(_BLOCK_IN_TRACED_CODE)
+        compiling = torch_dispatcher.stop_dynamo()
+        try:
+            if compiling is not None:
+                _warn(_BLOCK_IN_TRACED_CODE)
+            _registered.acquire()
+        except BaseException:
+            torch_dispatcher.start_dynamo(compiling)
+            raise
+        _open.before.setdefault(self, []).append((torch_dispatcher.thread_value(_KEY), compiling))
         torch_dispatcher.set_thread_value(_KEY, self._enabled)
 
     @torch_dispatcher.dynamo_switch
     def __exit__(self, *error: object) -> None:
-        before, compiling = self._before.pop()
+        torch_dispatcher.break_graph(_BLOCK_IN_TRACED_CODE)
+        before, compiling = _open.before[self].pop()
         torch_dispatcher.set_thread_value(_KEY, before)
         _registered.release()
-        torch_dispatcher.set_dynamo(compiling)
+        torch_dispatcher.start_dynamo(compiling)
 
 
+def _warn(text: str) -> None:
+    """A warning that names the line that entered the mode: not ours, contextlib's or torch's."""
+    passed = (__file__, contextlib.__file__, os.path.dirname(torch.__file__) + os.sep)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_code.co_filename.startswith(passed):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, RuntimeWarning, stacklevel=level)
+
+
+@torch_dispatcher.dynamo_switch
 def enable() -> None:
     """Turn the mode on for all threads of the process, until `disable`. Twice is as once."""
-    torch_dispatcher.break_graph(_IN_TRACED_CODE)
-    if _registered.set_everywhere(True):
-        _registered.acquire()
+    torch_dispatcher.break_graph(_ENABLED_IN_TRACED_CODE)
+    compiling = torch_dispatcher.stop_dynamo()
+    try:
+        if compiling is not None:
+            _warn(_ENABLED_IN_TRACED_CODE)
+        if _registered.set_everywhere(True):
+            _registered.acquire()
+    finally:
+        torch_dispatcher.start_dynamo(compiling)
 
 
+@torch_dispatcher.dynamo_switch
 def disable() -> None:
     """Turn off what `enable` turned on; `with` blocks that are open keep the mode."""
-    torch_dispatcher.break_graph(_IN_TRACED_CODE)
-    if _registered.set_everywhere(False):
-        _registered.release()
+    torch_dispatcher.break_graph(_ENABLED_IN_TRACED_CODE)
+    compiling = torch_dispatcher.stop_dynamo()
+    try:
+        if _registered.set_everywhere(False):
+            _registered.release()
+    finally:
+        torch_dispatcher.start_dynamo(compiling)
 
 
 def _register() -> Callable[[], None]:
