@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import statistics
@@ -77,9 +78,10 @@ def best_placed(
     instantiated before, not from the kernels, so each column is placed several times, after others.
     """
     found: dict[str, list[float]] = {name: [] for name in graphs}
-    names = list(graphs)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    names = collections.deque(graphs)
+    for _ in range(rounds):
+        for name in names:
             graphs[name].instantiate()
             found[name].append(statistics.median(graph_times(graphs[name].replay, turns)) / 1e3)
+        names.rotate()
     return {name: min(times) for name, times in found.items()}

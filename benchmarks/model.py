@@ -198,11 +198,14 @@ def measured(
             traceback.print_exc()
             failed = about.setdefault("failed", {})
             failed[f"{work.label} {column}"] = f"{type(error).__name__}: {str(error)[:300]}"
-    if graphs.by_column:
-        short = work.phase == "decode"
+    short = work.phase == "decode"
+    try:
         best = best_placed(graphs.by_column, PLACES if short else LONG_PLACES, 8 if short else 2)
-        for row in rows:
-            row["graph_ms"] = round(best[row["column"]], 4)
+    except RuntimeError as error:
+        about.setdefault("failed", {})[f"{work.label} graphs"] = str(error)[:300]
+        return rows
+    for row in rows:
+        row["graph_ms"] = round(best[row["column"]], 4) if row["column"] in best else None
     return rows
 
 

@@ -22,8 +22,8 @@ struct Unit<none> {
   Two<none> v[4];
 };
 
-// Spelt out, so that they stay where they are written: no compiler moves the weight's behind the
-// sum, or any ahead of griddepcontrol.wait.
+// Spelt out, so that the compiler keeps their order: it put the weight's behind the row's sum. (The
+// assembler may still move one, but none ahead of griddepcontrol.wait.)
 template <bool WIDE, class T>
 FX_INLINE Unit<T> load(const T* row, int i) {
   Unit<T> unit;
