@@ -213,6 +213,17 @@ def test_one_object_for_several_threads() -> None:
     assert seen == [(False, None)]
 
 
+def test_closed_by_another_thread() -> None:
+    mode = fxpass.batch_invariant_mode()
+    entering = threading.Thread(target=mode.__enter__)
+    entering.start()
+    entering.join()
+    with fxpass.batch_invariant_mode():
+        mode.__exit__(None, None, None)
+        assert active()
+    assert not active()
+
+
 def test_left_for_a_while() -> None:
     def function(x):
         with fxpass.batch_invariant_mode(False):

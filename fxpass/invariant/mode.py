@@ -161,8 +161,11 @@ class Mode(contextlib.ContextDecorator):
     @torch_dispatcher.dynamo_switch
     def __exit__(self, *error: object) -> None:
         torch_dispatcher.break_graph(_BLOCK_IN_TRACED_CODE)
-        before, compiling = _open.before[self].pop()
-        torch_dispatcher.set_thread_value(_KEY, before)
+        compiling = None
+        if opened := _open.before.get(self):
+            before, compiling = opened.pop()
+            torch_dispatcher.set_thread_value(_KEY, before)
+        # Else another thread entered it: so it is with a generator that is collected.
         _registered.release()
         torch_dispatcher.start_dynamo(compiling)
 
