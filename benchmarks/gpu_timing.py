@@ -73,7 +73,7 @@ def call_times(call: Callable[[], object], device: str) -> dict[str, float | Non
     """call_ms and host_us of a call that was warmed up."""
     if device == "cpu":
         ms = statistics.median(host_times(call, 5)) / 1e3
-        return {"graph_ms": None, "call_ms": round(ms, 4), "host_us": None}
+        return {"call_ms": round(ms, 4), "host_us": None}
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()
@@ -94,7 +94,6 @@ def call_times(call: Callable[[], object], device: str) -> dict[str, float | Non
         torch.cuda.synchronize()
         whole.append((time.perf_counter() - start) / turns * 1e3)
     return {
-        "graph_ms": None,  # once all columns are there
         "call_ms": round(statistics.median(whole), 4),
         "host_us": round(statistics.median(host), 1),
     }
@@ -131,21 +130,16 @@ def medians(
     slow = {name for name, found in times.items() if found[0][0] > SLOW_US}
     for turn in range(ROUNDS):
         for name, graph in graphs.items():
-            if short and turn and name not in slow:
+            if turn and name in slow:
+                continue
+            if turn and short:
                 graph.instantiate()
-            if name not in slow:
-                times[name].append(graph_times(graph.replay, REPLAYS))
-            elif turn == 0:
-                times[name].append(graph_times(graph.replay, 2))
-    return {
-        name: (
-            min(map(statistics.median, found[1:]))
-            if short
-            else statistics.median(itertools.chain(*found))
-        )
-        / count
-        for name, found in times.items()
-    }
+            times[name].append(graph_times(graph.replay, 2 if name in slow else REPLAYS))
+    if short:
+        best = {name: min(map(statistics.median, found[1:])) for name, found in times.items()}
+    else:
+        best = {name: statistics.median(itertools.chain(*t)) for name, t in times.items()}
+    return {name: us / count for name, us in best.items()}
 
 
 def warm_up(device: str) -> None:

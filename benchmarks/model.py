@@ -154,7 +154,7 @@ def measure(
     device: str,
     graphs: Graphs,
 ) -> dict[str, Any]:
-    """One row but for graph_ms, for which the graph is left in `graphs`."""
+    """One row; graph_ms follows from the graph that is left in `graphs`, once all are there."""
     start = time.monotonic()
     call = compiled(model, column, alive=graphs.alive)
     inputs = work.inputs(model, device)
@@ -176,6 +176,7 @@ def measure(
         "batch": work.batch,
         "tokens": work.tokens,
         "column": column,
+        "graph_ms": None,
         **times,
         **same,
         "norms": work.shape.norms,

@@ -138,7 +138,8 @@ FX_INLINE float row_sum(const float* lane, int t, int row_of_block) {
 #if FX_BLOCKS > 1
   until_all_set_up();
   if (t == 0) expect(PARTIALS * (int)sizeof(float));
-  if (t % 32 < FX_BLOCKS * SPREAD && m < MINE) send(t % 32 / SPREAD, &shared[0][first + m * WARPS], mine);
+  if (t % 32 < FX_BLOCKS * SPREAD && m < MINE)
+    send(t % 32 / SPREAD, &shared[0][first + m * WARPS], mine);
   receive();
 #else
   if (t % 32 < MINE) shared[row_of_block][first + m * WARPS] = mine;

@@ -20,19 +20,20 @@ def schedule(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int]
                 return Schedule(found.threads, 1, eager, blocks, found.segment, found.weight)
     if hidden > gpu_rows.MOST_LANES:
         eager = size not in ("some", "many")
-        return Schedule(cuda_tables.LONG.get(kind, 1024), 1, eager, weight=2 if eager else 0)
+        return Schedule(cuda_tables.LONG[kind], 1, eager, weight=2 if eager else 0)
     table = cuda_tables.WHOLE.get((size, kind)) or cuda_tables.WHOLE[size, "light"]
     each, block, weight = next(found for most, *found in table if units <= most)
     threads = _threads(-(-units // each))
-    eager &= size != "few" or units <= cuda_tables.FULL.get(kind, 768)
+    eager &= size != "few" or units <= cuda_tables.FULL[kind]
     return Schedule(threads, max(1, block // threads), eager, weight=weight)
 
 
 def changes(hidden: int) -> list[int]:
     """The numbers of rows at which another schedule may begin, on any device."""
     units = -(-hidden // gpu_rows.VECTOR)
-    kinds = {*cuda_tables.CLUSTERS, *cuda_tables.LONG_CLUSTERS}
-    ends = {end for kind in kinds for end, *_ in _clusters(kind, units)} - {cuda_tables.EVERY}
+    ends = {end for kind in cuda_tables.LONG for end, *_ in _clusters(kind, units)} - {
+        cuda_tables.EVERY
+    }
     return sorted({1} | {end + 1 for end in ends | {most for most, _ in cuda_tables.SIZES}})
 
 
@@ -40,8 +41,8 @@ def _clusters(kind: str, units: int) -> list[tuple[int, int, cuda_tables.Cluster
     """(rows up to, blocks of a row, how): the first that fits is taken."""
     lanes = gpu_rows.MOST_LANES // gpu_rows.VECTOR
     if units > lanes:
-        long = cuda_tables.LONG_CLUSTERS.get(kind) or cuda_tables.LONG_CLUSTERS["light"]
-        return [(found.most, lanes // found.segment, found) for found in long]
+        every = cuda_tables.LONG_CLUSTERS[kind]
+        return [(found.most, lanes // found.segment, found) for found in every]
     fitting = [
         (-(-units // found.segment), found)
         for found in cuda_tables.CLUSTERS.get(kind) or cuda_tables.CLUSTERS["light"]

@@ -196,16 +196,15 @@ WHOLE: dict[tuple[str, str], tuple[tuple[int, int, int, int], ...]] = {
         (1024, 1, 256, 0),
     ),
 }
-"""Rows that one block takes whole, by their number and kind (see `_kind`): (units of the row up to,
-units of a thread, threads of a block that takes several rows, `Schedule.weight`). As many units for
-each thread gain more than fewer threads lose: 96 units are 3 for each of 32, not 2 for 48 of 64. A
-kind without an entry has light's."""
+"""Rows that one block takes whole, by their number and kind (`cuda_schedule._kind`): (units of the
+row up to, units of a thread, threads of a block that takes several rows, `Schedule.weight`). As
+many units for each thread gain more than fewer threads lose: 96 units are 3 for each of 32, not 2
+for 48 of 64. A kind without an entry has light's."""
 
-FULL = {"light": 896}
-"""Units of the rows, by kind, of which four leave a multiprocessor no room for blocks of the next
-kernel, if they are longer; of other kinds 768."""
-LONG = {"light": 512}
-"""Threads of a row of several chunks, by kind: other kinds have 1024."""
+FULL = {"light": 896, "float": 768, "heavy": 768}
+"""Units, by kind: four longer rows leave a multiprocessor no room for blocks of the next kernel."""
+LONG = {"light": 512, "float": 1024, "heavy": 1024}
+"""Threads of a row of several chunks, by kind."""
 
 
 class Cluster(NamedTuple):
@@ -243,18 +242,14 @@ CLUSTERS: dict[str, tuple[Cluster, ...]] = {
     ),
 }
 """Of rows of one chunk; `most` counts blocks. Rows that fit none are taken whole."""
+_LONG_PLAIN = (
+    Cluster(33, 128, 128, 0),
+    Cluster(132, 256, 128, 1),
+    Cluster(1024, 256, 128, 0),
+)
 LONG_CLUSTERS: dict[str, tuple[Cluster, ...]] = {
-    "light": (
-        Cluster(33, 128, 128, 0),
-        Cluster(132, 256, 128, 1),
-        Cluster(1024, 256, 128, 0),
-    ),
-    "float": (
-        Cluster(33, 128, 128, 0),
-        Cluster(132, 256, 128, 1),
-        Cluster(1024, 256, 128, 0),
-        Cluster(EVERY, 512, 128, 0),
-    ),
+    "light": _LONG_PLAIN,
+    "float": (*_LONG_PLAIN, Cluster(EVERY, 512, 128, 0)),
     "heavy": (
         Cluster(33, 128, 128, 1),
         Cluster(132, 512, 512, 1),

@@ -182,25 +182,24 @@ def _warn(text: str) -> None:
 @torch_dispatcher.dynamo_switch
 def enable() -> None:
     """Turn the mode on for all threads of the process, until `disable`. Twice is as once."""
-    torch_dispatcher.break_graph(_ENABLED_IN_TRACED_CODE)
-    compiling = torch_dispatcher.stop_dynamo()
-    try:
-        if compiling is not None:
-            _warn(_ENABLED_IN_TRACED_CODE)
-        if _registered.set_everywhere(True):
-            _registered.acquire()
-    finally:
-        torch_dispatcher.start_dynamo(compiling)
+    _everywhere(True)
 
 
 @torch_dispatcher.dynamo_switch
 def disable() -> None:
     """Turn off what `enable` turned on; `with` blocks that are open keep the mode."""
+    _everywhere(False)
+
+
+@torch_dispatcher.dynamo_switch
+def _everywhere(on: bool) -> None:
     torch_dispatcher.break_graph(_ENABLED_IN_TRACED_CODE)
     compiling = torch_dispatcher.stop_dynamo()
     try:
-        if _registered.set_everywhere(False):
-            _registered.release()
+        if on and compiling is not None:
+            _warn(_ENABLED_IN_TRACED_CODE)
+        if _registered.set_everywhere(on):
+            (_registered.acquire if on else _registered.release)()
     finally:
         torch_dispatcher.start_dynamo(compiling)
 
