@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from gpu_cases import CAST_FIRST, EAGER, EPS, SCALE_FIRST, Case, Norm, Tensor, fresh
 from gpu_fill import inductor_only
+from gpu_named import named
 
 from fxpass.kernels import kernels, reference
 from fxpass.spec import NormSpec
@@ -85,7 +86,7 @@ def peers(case: Case, inductor_rows: tuple[int, ...]) -> dict[str, Norm]:
     liger = _liger("llama" if case.rounding == CAST_FIRST else "gemma")
     if liger is not None:
         found["liger"] = liger
-    return found
+    return {**found, **named(case)}
 
 
 def inductor_columns(case: Case, inductor_rows: tuple[int, ...]) -> list[str]:

@@ -23,7 +23,8 @@ BIG = 64_000_000
 BANDS = (("1-64", 1, 64), ("512-2048", 512, 2048), ("8192-", 8192, 1 << 40))
 SAME_SHARE = 0.999
 """Least share of elements equal to eager's for the same rounding; another one has about 0.74."""
-COMPARED = ("F.rms_norm", "inductor", "inductor_epc", "liger")
+NAMED_HERE = ("flashinfer", "quack", "sgl")
+COMPARED = ("F.rms_norm", "inductor", "inductor_epc", "liger", *NAMED_HERE)
 OTHERS = (*COMPARED, "copy", "eager_hf")
 NAMED_SAME = {
     (CAST_FIRST, "plain"): {"liger", "sgl_hf", "inductor_epc"},
@@ -57,9 +58,9 @@ class Times:
         self.own = [name for name in _names(self.us) if name not in OTHERS]
 
     def fastest(self, point: Point, same: bool) -> float | None:
-        """The fastest of the others in this run; None where Inductor was not measured."""
+        """The fastest of the others in this run; None where they were not all measured."""
         found = self.us[point]
-        if not any(name.startswith("inductor") for name in found):
+        if not any(name.startswith("inductor") or name in NAMED_HERE for name in found):
             return None
         fitting = [
             us

@@ -18,12 +18,12 @@ from fxpass.kernels import cuda_build, cuda_driver, cuda_source, gpu_rows, steps
 from fxpass.kernels.build_cache import Once
 from fxpass.kernels.cuda_launch import Prepared, empty_strided
 from fxpass.kernels.cuda_source import Schedule
-from fxpass.kernels.gpu_call import addressed, check, keep
+from fxpass.kernels.gpu_call import ROWS_MOST, addressed, check, keep
 from fxpass.spec import NormSpec
 
 Tensor = torch.Tensor
 
-_ARGUMENTS = struct.Struct("7Q8qfI")
+_ARGUMENTS = struct.Struct("7Q4q10IfI")
 """FxArgs of cuda_row.h, one parameter: seven pointers, then what follows from the shapes."""
 _WIDE = 16  # bytes of one access
 _BEFORE_CLUSTERS = (8, 0)
@@ -145,8 +145,12 @@ class RowKernel:
         misaligned = 0
         for index, step in enumerate(strided):
             misaligned |= step * itemsizes[index // 2]
-        factor_rows = [1 if t is None else t.numel() // self._hidden for t in (weight, bias)]
-        arguments = (rows.count, rows.inner, *strided, *factor_rows, steps.single(eps))
+        divisors = [
+            *divisor(rows.inner),
+            *divisor(1 if weight is None else weight.numel() // self._hidden),
+            *divisor(1 if bias is None else bias.numel() // self._hidden),
+        ]
+        arguments = (*strided, rows.count, *divisors, steps.single(eps))
         schedule = self._scheduled(rows.count)
         kernel = self.kernel(schedule) if rows.count else None
         if kernel is not None and schedule.blocks > 1 and not kernel.fits(schedule.blocks):
@@ -165,6 +169,16 @@ class RowKernel:
             ],
         )
         return keep(self._plans, key, plan)
+
+
+def divisor(n: int) -> tuple[int, int, int]:
+    """n, factor and shift: r // n == r * factor >> shift for every r below 2**31.
+
+    Granlund and Montgomery, Division by Invariant Integers using Multiplication, 1994, theorem 4.2.
+    """
+    n = min(n, ROWS_MOST)  # no r reaches it
+    length = (n - 1).bit_length()
+    return n, -(-(1 << (31 + length)) // n), 31 + length
 
 
 class _Plan(NamedTuple):

@@ -1,5 +1,5 @@
 // Which elements of a row a thread of `cuda.row` owns, and the sum over all threads. Compiled by
-// NVRTC between cuda_pairs.h and cuda_row.h, which says what the macros are.
+// NVRTC between cuda_pairs.h and cuda_units.h; cuda_row.h says what the macros are.
 //
 // A thread owns units of 8 consecutive elements: units t, t + FX_THREADS, ... of its block's segment
 // of every chunk of FX_LANES elements, with one accumulator per unit. So any FX_THREADS and
@@ -29,11 +29,19 @@ static_assert(FX_BLOCKS == 1 || (FX_THREADS % 32 == 0 && SEGMENT % FX_THREADS ==
 // Which block of the row's this one is.
 FX_INLINE int block_of_row() { return FX_BLOCKS > 1 ? blockIdx.x % FX_BLOCKS : 0; }
 
-// First element of a thread's unit, or FX_HIDDEN if there is no such unit.
-FX_INLINE int first_element(int chunk, int mine, int t) {
+// A thread's first element of a row.
+FX_INLINE int own_element(int t) { return (block_of_row() * SEGMENT + t) * 8; }
+
+// From there on to one of its units.
+FX_INLINE int place(int chunk, int mine) { return chunk * FX_LANES + mine * FX_THREADS * 8; }
+
+// Whether there is such a unit: for most known while compiling.
+FX_INLINE bool has_unit(int chunk, int mine, int t) {
   const int unit = block_of_row() * SEGMENT + mine * FX_THREADS + t;
-  const int i = chunk * FX_LANES + unit * 8;
-  return unit < UNITS && i < FX_HIDDEN ? i : FX_HIDDEN;
+  const bool in_chunk =
+      FX_BLOCKS > 1 ? FX_BLOCKS * SEGMENT == UNITS : (mine + 1) * FX_THREADS <= UNITS;
+  const bool in_row = CHUNKS == 1 || FX_HIDDEN % FX_LANES == 0 || chunk < CHUNKS - 1;
+  return (in_chunk || unit < UNITS) && (in_row || chunk * FX_LANES + unit * 8 < FX_HIDDEN);
 }
 
 // ---- The tree ----------------------------------------------------------------------------------
@@ -125,7 +133,7 @@ __device__ __forceinline__ float lane_sums<1>(const float* value, int distance) 
 }
 
 // The sum over the lanes of one row; every thread of the row gets it.
-FX_INLINE float row_sum(const float* lane, int t, int row_of_block) {
+FX_INLINE float row_sum(const float* lane, u32 t, int row_of_block) {
   float mine = lane_sums<SPREAD>(lane, 1);
   if constexpr (PARTIALS == MINE) {
 #pragma unroll
@@ -134,7 +142,7 @@ FX_INLINE float row_sum(const float* lane, int t, int row_of_block) {
     return mine;
   }
   __shared__ alignas(16) float shared[FX_ROWS][32];
-  const int m = t % SPREAD, first = block_of_row() * MINE * WARPS + t / 32;
+  const u32 m = t % SPREAD, first = block_of_row() * MINE * WARPS + t / 32;
 #if FX_BLOCKS > 1
   until_all_set_up();
   if (t == 0) expect(PARTIALS * (int)sizeof(float));

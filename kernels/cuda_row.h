@@ -1,77 +1,46 @@
 // The CUDA row kernel, as a template over a generated `Spec` (kernels/cuda_source.py), compiled
 // by NVRTC with --fmad=false: every operation below rounds once, as written. Comes after
-// cuda_pairs.h and cuda_lanes.h; no other header is needed.
+// cuda_pairs.h, cuda_lanes.h and cuda_units.h; no other header is needed.
 //
 // FX_HIDDEN, FX_LANES   the row and its reduction tree (kernels/gpu_rows.py)
 // FX_THREADS            threads of a row: a multiple of 32, or a power of two below
 // FX_ROWS               rows of a block
 // FX_BLOCKS             blocks of a row, a cluster of them (compute capability 9.0), or 1
 // FX_SEGMENT            units of 8 elements of a chunk that one of these blocks takes
-// FX_EAGER              whether the next kernel may be launched at once
+// FX_EAGER              whether the next kernel may be launched at once, not when the row is summed
 // FX_WEIGHT             when it is loaded: 0 with x, 1 before threads add up, 2 after
 // FX_KEPT_BYTES         most of a row that a thread keeps in registers
-
-// ---- Eight elements at a time -------------------------------------------------------------------
-
-template <class T>
-struct alignas(16) Unit {
-  Two<T> v[4];
-};
-template <>
-struct Unit<none> {
-  Two<none> v[4];
-};
-
-// Spelt out, so that the compiler keeps their order: it put the weight's behind the row's sum. (The
-// assembler may still move one, but none ahead of griddepcontrol.wait.)
-template <bool WIDE, class T>
-FX_INLINE Unit<T> load(const T* row, int i) {
-  Unit<T> unit;
-  if constexpr (WIDE) {
-    const uint4* from = (const uint4*)(row + i);
-    uint4* to = (uint4*)&unit;
-#pragma unroll
-    for (int k = 0; k < (int)sizeof(unit) / 16; ++k)
-      asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(to[k].x), "=r"(to[k].y), "=r"(to[k].z), "=r"(to[k].w)
-                   : "l"(from + k) : "memory");
-  } else {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) ((T*)&unit)[j] = i + j < FX_HIDDEN ? row[i + j] : T{};
-  }
-  return unit;
-}
-
-template <bool WIDE, class T>
-FX_INLINE void store(T* row, int i, const Unit<T>& unit) {
-  if constexpr (WIDE) {
-    uint4* to = (uint4*)(row + i);
-    const uint4* from = (const uint4*)&unit;
-#pragma unroll
-    for (int k = 0; k < (int)sizeof(unit) / 16; ++k)
-      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to + k), "r"(from[k].x),
-                   "r"(from[k].y), "r"(from[k].z), "r"(from[k].w) : "memory");
-  } else {
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-      if (i + j < FX_HIDDEN) row[i + j] = ((const T*)&unit)[j];
-  }
-}
 
 // ---- One launch ---------------------------------------------------------------------------------
 
 struct FxArgs {
   const void *x, *residual, *weight, *bias;
   void *out, *sum, *row;
-  i64 rows, inner, x_outer, x_step, residual_outer, residual_step, weight_rows, bias_rows;
+  i64 x_outer, x_step, residual_outer, residual_step;
+  u32 rows, inner, inner_factor, inner_shift;
+  u32 weight_rows, weight_factor, weight_shift, bias_rows, bias_factor, bias_shift;
   float eps;
   u32 wide;  // every row of every tensor starts at a multiple of 16 bytes
 };
 
-FX_INLINE i64 offset_of(u32 r, i64 inner, i64 outer, i64 step) {
-  if (inner == 1) return (i64)r * outer;  // most tensors: a division would delay the load
-  u32 q = r / (u32)inner;
-  return (i64)q * outer + (i64)(r - q * (u32)inner) * step;
+// r / n for r below 2^31, by what divisor() of cuda_call.py made of n: a division takes as long as a
+// load, and all loads would wait for it.
+FX_INLINE u32 quotient(u32 r, u32 factor, u32 shift) {
+  return (u32)((u64)r * factor >> shift);
+}
+FX_INLINE i64 start_of(u32 r, const FxArgs& a, i64 outer, i64 step) {
+  const u32 q = quotient(r, a.inner_factor, a.inner_shift);
+  return (i64)q * outer + (i64)(r - q * a.inner) * step;
+}
+FX_INLINE i64 start_of_factor(u32 r, u32 rows, u32 factor, u32 shift) {
+  return (i64)(r - quotient(r, factor, shift) * rows) * FX_HIDDEN;
+}
+
+// Worked out before the kernel waits for the one before it, not when the address is needed.
+template <class T>
+FX_INLINE T* settled(T* address) {
+  asm volatile("" : "+l"(address));
+  return address;
 }
 
 template <class S, bool WIDE>
@@ -94,27 +63,30 @@ struct Row {
   // Rows too long for the registers are read twice.
   static constexpr bool kept = MINE * CHUNKS * (int)sizeof(Unit<Normed>) <= FX_KEPT_BYTES;
 
+  // At the thread's first element.
   const X* x;
   const Residual* residual;
   Normed* sum;
   const Weight* weight;
   const Bias* bias;
   Out* out;
+  int own;
 
-  FX_INLINE Row at(const FxArgs& a, u32 r) {
+  FX_INLINE Row at(const FxArgs& a, u32 r, int own) {
     Row row;
-    row.x = (const X*)a.x + offset_of(r, a.inner, a.x_outer, a.x_step);
+    row.own = own;
+    row.x = settled((const X*)a.x + start_of(r, a, a.x_outer, a.x_step) + own);
     if constexpr (S::has_residual)
-      row.residual = (const Residual*)a.residual +
-                     offset_of(r, a.inner, a.residual_outer, a.residual_step);
-    if constexpr (S::writes_sum) row.sum = (Normed*)a.sum + (i64)r * FX_HIDDEN;
+      row.residual = settled((const Residual*)a.residual +
+                             start_of(r, a, a.residual_outer, a.residual_step) + own);
+    if constexpr (S::writes_sum) row.sum = (Normed*)a.sum + (i64)r * FX_HIDDEN + own;
     if constexpr (S::has_weight)
-      row.weight = (const Weight*)a.weight +
-                   (a.weight_rows > 1 ? (i64)(r % (u32)a.weight_rows) * FX_HIDDEN : 0);
+      row.weight = settled((const Weight*)a.weight + own +
+                           start_of_factor(r, a.weight_rows, a.weight_factor, a.weight_shift));
     if constexpr (S::has_bias)
-      row.bias = (const Bias*)a.bias +
-                 (a.bias_rows > 1 ? (i64)(r % (u32)a.bias_rows) * FX_HIDDEN : 0);
-    row.out = (Out*)a.out + (i64)r * FX_HIDDEN;
+      row.bias = (const Bias*)a.bias + own +
+                 start_of_factor(r, a.bias_rows, a.bias_factor, a.bias_shift);
+    row.out = (Out*)a.out + (i64)r * FX_HIDDEN + own;
     return row;
   }
 
@@ -129,11 +101,11 @@ struct Row {
     }
   }
 
-  FX_INLINE_MEMBER void write(int i, const Unit<Normed>& unit, const Unit<Weight>& w, float scale)
-      const {
+  FX_INLINE_MEMBER void write(int place, const Unit<Normed>& unit, const Unit<Weight>& w,
+                              float scale) const {
     Unit<Out> result;
     Unit<Bias> b;
-    if constexpr (S::has_bias) b = load<WIDE>(bias, i);
+    if constexpr (S::has_bias) b = load<WIDE>(bias + place, own + place);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const pair v = unit.v[j].widen();
@@ -146,7 +118,7 @@ struct Row {
         result.v[j] = Two<Out>::narrow(S::element(v, scale, factor, shift));
       }
     }
-    store<WIDE>(out, i, result);
+    store<WIDE>(out + place, own + place, result);
   }
 };
 
@@ -177,10 +149,12 @@ FX_INLINE void run(const FxArgs& a) {
   // Stores may alias the inputs as far as the compiler knows, so each batch loads before it stores.
   constexpr int BATCH = Here::kept ? CHUNKS : 1;
   constexpr int WEIGHT = Here::kept ? FX_WEIGHT : 2;
-  const int t = threadIdx.x % FX_THREADS, row_of_block = threadIdx.x / FX_THREADS;
+  const int row_of_block = FX_ROWS > 1 ? threadIdx.x / FX_THREADS : 0;
+  const int t = threadIdx.x - row_of_block * FX_THREADS;
   const u32 r = blockIdx.x / FX_BLOCKS * (u32)FX_ROWS + row_of_block;
-  const bool active = r < a.rows;  // the others only take part in the shuffles and barriers
-  const Here row = Here::at(a, active ? r : 0);
+  // The others only take part in the shuffles and barriers.
+  const bool active = FX_ROWS == 1 || r < a.rows;
+  const Here row = Here::at(a, active ? r : 0, own_element(t));
 #if FX_BLOCKS > 1
   set_up(t == 0);
 #endif
@@ -200,9 +174,10 @@ FX_INLINE void run(const FxArgs& a) {
     for (int c = 0; c < BATCH; ++c)
 #pragma unroll
       for (int m = 0; m < MINE; ++m) {
-        const int i = first_element(first + c, m, t);
+        const int at = place(first + c, m);
         if constexpr (S::has_weight)
-          if (active && i < FX_HIDDEN) w[c][m] = load<WIDE>(row.weight, i);
+          if (active && has_unit(first + c, m, t))
+            w[c][m] = load<WIDE>(row.weight + at, row.own + at);
       }
   };
   auto load_batch = [&](int first, bool sums) {
@@ -212,8 +187,9 @@ FX_INLINE void run(const FxArgs& a) {
         for (int c = 0; c < BATCH; ++c)
 #pragma unroll
           for (int m = 0; m < MINE; ++m) {
-            const int i = first_element(first + c, m, t);
-            if (active && i < FX_HIDDEN) held[c][m] = load<WIDE>(row.sum, i);
+            const int at = place(first + c, m);
+            if (active && has_unit(first + c, m, t))
+              held[c][m] = load<WIDE>(row.sum + at, row.own + at);
           }
         return;
       }
@@ -224,21 +200,22 @@ FX_INLINE void run(const FxArgs& a) {
     for (int c = 0; c < BATCH; ++c)
 #pragma unroll
       for (int m = 0; m < MINE; ++m) {
-        const int i = first_element(first + c, m, t);
-        if (!active || i >= FX_HIDDEN) continue;
-        x[c][m] = load<WIDE>(row.x, i);
-        if constexpr (S::has_residual) residual[c][m] = load<WIDE>(row.residual, i);
+        const int at = place(first + c, m);
+        if (!active || !has_unit(first + c, m, t)) continue;
+        x[c][m] = load<WIDE>(row.x + at, row.own + at);
+        if constexpr (S::has_residual)
+          residual[c][m] = load<WIDE>(row.residual + at, row.own + at);
       }
     if (WEIGHT == 0) load_weights(first);
 #pragma unroll
     for (int c = 0; c < BATCH; ++c)
 #pragma unroll
       for (int m = 0; m < MINE; ++m) {
-        const int i = first_element(first + c, m, t);
-        if (!active || i >= FX_HIDDEN) continue;
+        const int at = place(first + c, m);
+        if (!active || !has_unit(first + c, m, t)) continue;
         held[c][m] = row.normed(x[c][m], residual[c][m]);
         if constexpr (S::writes_sum)
-          if (sums) store<WIDE>(row.sum, i, held[c][m]);
+          if (sums) store<WIDE>(row.sum + at, row.own + at, held[c][m]);
       }
   };
 
@@ -248,8 +225,10 @@ FX_INLINE void run(const FxArgs& a) {
     for (int c = 0; c < BATCH; ++c)
 #pragma unroll
       for (int m = 0; m < MINE; ++m)
-        if (active && first_element(first + c, m, t) < FX_HIDDEN)
-          lane[m] = lane[m] + squares_of<S>(held[c][m]);
+        if (active && has_unit(first + c, m, t)) {
+          const float squares = squares_of<S>(held[c][m]);
+          lane[m] = first + c == 0 ? squares : lane[m] + squares;  // +0 added to it is itself
+        }
   }
   if (WEIGHT == 1) load_weights(0);
   const float squares = row_sum(lane, t, row_of_block);
@@ -267,8 +246,7 @@ FX_INLINE void run(const FxArgs& a) {
     for (int c = 0; c < BATCH; ++c)
 #pragma unroll
       for (int m = 0; m < MINE; ++m) {
-        const int i = first_element(first + c, m, t);
-        if (i < FX_HIDDEN) row.write(i, held[c][m], w[c][m], scale);
+        if (has_unit(first + c, m, t)) row.write(place(first + c, m), held[c][m], w[c][m], scale);
       }
   }
 }

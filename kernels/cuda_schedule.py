@@ -13,19 +13,18 @@ def schedule(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int]
     """The schedule for so many rows on a device of that compute capability."""
     units, kind = -(-hidden // gpu_rows.VECTOR), _kind(spec)
     size = next((word for most, word in cuda_tables.SIZES if rows <= most), "many")
-    eager = size != "many"
+    long = hidden > gpu_rows.MOST_LANES
+    eager = rows <= cuda_tables.LONG_EAGER if long else size != "many"
     if capability >= cuda_tables.CAPABILITY:
         for rows_up_to, blocks, found in _clusters(kind, units):
             if rows <= rows_up_to:
                 return Schedule(found.threads, 1, eager, blocks, found.segment, found.weight)
-    if hidden > gpu_rows.MOST_LANES:
-        eager = size not in ("some", "many")
+    if long:
         return Schedule(cuda_tables.LONG[kind], 1, eager, weight=2 if eager else 0)
     table = cuda_tables.WHOLE.get((size, kind)) or cuda_tables.WHOLE[size, "light"]
-    each, block, weight = next(found for most, *found in table if units <= most)
-    threads = _threads(-(-units // each))
-    eager &= size != "few" or units <= cuda_tables.FULL[kind]
-    return Schedule(threads, max(1, block // threads), eager, weight=weight)
+    whole = next(found for found in table if units <= found.up_to)
+    threads = _threads(-(-units // whole.each))
+    return Schedule(threads, max(1, whole.block // threads), whole.eager, weight=whole.weight)
 
 
 def changes(hidden: int) -> list[int]:
@@ -34,7 +33,8 @@ def changes(hidden: int) -> list[int]:
     ends = {end for kind in cuda_tables.LONG for end, *_ in _clusters(kind, units)} - {
         cuda_tables.EVERY
     }
-    return sorted({1} | {end + 1 for end in ends | {most for most, _ in cuda_tables.SIZES}})
+    ends |= {most for most, _ in cuda_tables.SIZES} | {cuda_tables.LONG_EAGER}
+    return sorted({1} | {end + 1 for end in ends})
 
 
 def _clusters(kind: str, units: int) -> list[tuple[int, int, cuda_tables.Cluster]]:

@@ -26,6 +26,15 @@ _WORDS = {
 _QUALIFIERS = "static __device__ __forceinline__"
 _KEPT_BYTES = 128
 """Of a row in one thread's registers: 32 of its 255."""
+_REGISTERS = (
+    {1: 32, 2: 40, 3: 56, 4: 72, 8: 128},
+    {1: 32, 2: 48, 3: 64, 4: 80, 7: 128, 8: 128},
+)
+_MORE_REGISTERS = 8
+"""Of rows of several chunks or blocks."""
+"""Of a thread at most, by its units of 16-bit elements, without and with a residual: what it can do
+with on sm_90. Left to itself the compiler takes up to half as many more, and rows wait for a place.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
         "ends_in_product": unscaled is not None,
     }
     more = None if unscaled is None else {"unscaled(V v, float row)": unscaled}
+    block = schedule.threads * schedule.rows
     return "\n".join(
         [
             f"// {spec}",
@@ -74,9 +84,12 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
             f"#define FX_KEPT_BYTES {_KEPT_BYTES}",
             header("cuda_pairs.h"),
             header("cuda_lanes.h"),
+            header("cuda_units.h"),
             header("cuda_row.h"),
             *c_struct.struct(spec, _QUALIFIERS, _WORDS, flags, more),
-            f'extern "C" __global__ void __launch_bounds__({schedule.threads * schedule.rows})',
+            # Registers were counted for compute capability 9.0.
+            f"#define FX_RESIDENT (__CUDA_ARCH__ == 900 ? {_blocks(spec, hidden, schedule)} : 1)",
+            f'extern "C" __global__ void __launch_bounds__({block}, FX_RESIDENT)',
             *[f"__cluster_dims__({schedule.blocks}, 1, 1)"] * (schedule.blocks > 1),
             "fxpass_run(const __grid_constant__ FxArgs a) {",
             "  run_rows<Spec>(a);",
@@ -84,6 +97,22 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
             "",
         ]
     )
+
+
+def _blocks(spec: NormSpec, hidden: int, schedule: Schedule) -> int:
+    """Of a multiprocessor at least, which limits the registers."""
+    lanes = gpu_rows.lanes(hidden)
+    segment = schedule.segment if schedule.blocks > 1 else -(-min(hidden, lanes) // gpu_rows.VECTOR)
+    units = -(-segment // schedule.threads) * -(-hidden // lanes)
+    registers = _REGISTERS[spec.residual is not None].get(units)
+    if registers is None or not is_narrow(spec.normed):
+        return 1
+    if units > 1 and (schedule.blocks > 1 or hidden > lanes):
+        registers += _MORE_REGISTERS
+    # A quarter of a multiprocessor has 16,384 registers, and a warp takes them by eights for each
+    # of its 32 threads.
+    warps = 4 * (16_384 // 32 // registers)
+    return max(1, warps // -(-schedule.threads * schedule.rows // 32))
 
 
 def before_product(spec: NormSpec) -> list[Statement] | None:

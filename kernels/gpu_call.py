@@ -13,7 +13,7 @@ Tensor = torch.Tensor
 
 PLANS_MOST = 4096
 """Plans a kernel keeps; a program with more shapes starts over."""
-_ROWS_MOST = 2**31 - 1  # blocks of one launch; the kernels count rows in 32 bits
+ROWS_MOST = 2**31 - 1  # blocks of one launch; the kernels count rows in 32 bits
 
 
 Plan = TypeVar("Plan")
@@ -69,6 +69,6 @@ def addressed(x: Tensor, residual: Tensor | None) -> tuple[gpu_rows.Rows, bool]:
     if rows is None:
         rows = gpu_rows.address(x.shape, [gpu_rows.dense(x.shape)] * len(strides))
         assert rows is not None
-    if rows.count > _ROWS_MOST:
-        raise ValueError(f"x has {rows.count} rows, needs at most {_ROWS_MOST}")
+    if rows.count > ROWS_MOST:
+        raise ValueError(f"x has {rows.count} rows, needs at most {ROWS_MOST}")
     return rows, copies

@@ -116,7 +116,7 @@ def test_reads_and_writes_16_bytes(cubins, name, hidden, tmp_path):
 
 def test_generated_source_is_the_same_every_time(golden):
     text = source_of("residual", 4096, MANY, "sm_90")
-    for name in ("cuda_pairs.h", "cuda_lanes.h", "cuda_row.h"):
+    for name in ("cuda_pairs.h", "cuda_lanes.h", "cuda_units.h", "cuda_row.h"):
         text = text.replace(cuda_source.header(name), f"... {name}")
     golden(text)
 

@@ -11,9 +11,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from cuda_cases import ALL, scheduled
+from hypothesis import strategies
 from kernel_cases import LLAMA, SPECS, Inputs, inputs
 
 from fxpass.kernels import (
@@ -25,12 +27,14 @@ from fxpass.kernels import (
     cuda_row,
     cuda_schedule,
     cuda_source,
+    gpu_call,
 )
 from fxpass.kernels.build_cache import BuildError
 from fxpass.kernels.cuda_source import Schedule
 from fxpass.spec import NormSpec
 
 CLUSTERS_FIT = cuda_driver.clusters_fit
+LAST_ROW = gpu_call.ROWS_MOST - 1
 
 
 # ---- Launches, with a driver that only takes notes ----------------------------------------------
@@ -145,16 +149,40 @@ def test_every_argument_is_in_its_place(launches):
     assert found == {
         "rows": 30,
         "inner": 5,
+        "inner_factor": -(-(2**34) // 5),
+        "inner_shift": 34,
         "x_outer": 48 * 1024,
         "x_step": 1024,
         "residual_outer": 1024,
         "residual_step": 6 * 1024,
         "weight_rows": 5,
+        "weight_factor": -(-(2**34) // 5),
+        "weight_shift": 34,
         "bias_rows": 5,
+        "bias_factor": -(-(2**34) // 5),
+        "bias_shift": 34,
         "wide": 1,
     }
     assert (launch.stream, launch.overlaps) == (77, True)
     assert (out.shape, total.shape, row.shape) == ((6, 5, 1024), (6, 5, 1024), (6, 5, 1))
+
+
+@hypothesis.given(
+    n=strategies.integers(1, 2**33),
+    r=strategies.integers(0, LAST_ROW),
+    times=strategies.integers(0, LAST_ROW),
+)
+@hypothesis.example(n=1, r=LAST_ROW, times=1)
+@hypothesis.example(n=2**31 - 2, r=LAST_ROW, times=1)
+@hypothesis.example(n=7, r=LAST_ROW, times=306_783_378)
+def test_a_divisor_divides_the_number_of_every_row(n: int, r: int, times: int) -> None:
+    by, factor, shift = cuda_call.divisor(n)
+    assert factor < 2**32
+    assert shift < 64
+    near = [row for row in (n * times - 1, n * times) if 0 <= row <= LAST_ROW]
+    for row in (r, *near):
+        assert row * factor < 2**64
+        assert row - (row * factor >> shift) * by == row % n
 
 
 @pytest.mark.parametrize("dense", [True, False])

@@ -1,0 +1,178 @@
+"""Which schedule of `cuda.row` is the fastest at a point: all legal ones, timed as norm.py does.
+
+    python benchmarks/sweep.py --out build/bench plain:cast:bf16:512x4096,5120 qk:scale:fp16:8x128
+
+What it finds goes into kernels/cuda_tables.py. First every way to spread rows over threads is
+timed, then the fastest of them with every time to load the weight, in turns with the schedule in
+use, a copy and other projects' kernels. No schedule changes a bit (tests/test_gpu_schedules.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from gpu_cases import CAST_FIRST, EPS, HEADS, SCALE_FIRST, Buffers, Case, Norm
+from gpu_named import named
+from gpu_peers import copies
+from gpu_timing import Budget, Recorder, add_arguments, header, medians, warm_up
+from tabulate import tabulate
+
+from fxpass.kernels import cuda_schedule, gpu_rows
+from fxpass.kernels.build_cache import BuildError
+from fxpass.kernels.cuda_call import RowKernel
+from fxpass.kernels.cuda_source import Schedule
+from fxpass.spec import NormSpec
+
+SHORTLIST = 6
+EACH = (1, 2, 3, 4, 5, 6, 7, 8)
+"""Units of a thread."""
+ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32)
+"""Of a block."""
+SEGMENTS = (32, 64, 128, 256, 512)
+PER_BLOCK = (1, 2, 4)
+"""Units of a thread of a cluster."""
+MOST_CLUSTERED = 4096
+"""Rows of one chunk from which on clusters are not tried."""
+LARGE = 128_000_000
+"""Bytes moved from which on the next kernel has no room to come in at once."""
+
+
+def candidates(case: Case, clusters: bool) -> Iterator[Schedule]:
+    """Ways to spread a row. Some are not legal: NVRTC refuses those."""
+    lanes = gpu_rows.lanes(case.hidden)
+    units = -(-min(case.hidden, lanes) // gpu_rows.VECTOR)
+    rows_at_all = case.rows * (HEADS if case.variant == "qk" else 1)
+    found = set()
+    for each in EACH:
+        count = -(-units // each)
+        threads = 1 << (count - 1).bit_length() if count <= 32 else -(-count // 32) * 32
+        fill = max(1, 32 // threads)  # rows of a warp
+        most = min(max(fill, rows_at_all), 1024 // threads)
+        found |= {Schedule(threads, n * fill) for n in ROWS if n * fill <= most}
+    if clusters and (case.hidden > lanes or case.rows <= MOST_CLUSTERED):
+        for segment, each in itertools.product(SEGMENTS, PER_BLOCK):
+            blocks = -(-units // segment)
+            if segment // each >= 32 and 2 <= blocks <= 8:
+                found.add(Schedule(segment // each, 1, blocks=blocks, segment=segment))
+    large = case.moved >= LARGE
+    for one in sorted(found, key=dataclasses.astuple):
+        for eager in (False,) if large else (False, True):
+            yield dataclasses.replace(one, eager=eager, weight=0 if large else 1)
+
+
+def refined(best: list[Schedule]) -> Iterator[Schedule]:
+    """The best candidates with all times to load the weight."""
+    for one, weight in itertools.product(best, range(3)):
+        yield dataclasses.replace(one, weight=weight)
+
+
+def built(spec: NormSpec, hidden: int, every: list[Schedule]) -> dict[Schedule, Norm]:
+    """The kernels of the legal ones."""
+    kernels = {one: RowKernel(spec, hidden, 0, lambda *_, one=one: one) for one in every}
+
+    def legal(one: Schedule) -> bool:
+        try:
+            kernels[one].prepare([1])
+        except BuildError:
+            return False
+        return True
+
+    with ThreadPoolExecutor() as pool:
+        kept = list(pool.map(legal, kernels))
+    return {one: _bound(k) for (one, k), ok in zip(kernels.items(), kept, strict=True) if ok}
+
+
+def sweep(case: Case, mode: str) -> list[dict[str, Any]]:
+    """Rows of one point: stage 1 are all schedules, 2 the best and what they compete with."""
+    spec = NormSpec.parse(case.spec)
+    capability = torch.cuda.get_device_capability()
+    rows = case.rows * (HEADS if case.variant == "qk" else 1)
+    now = cuda_schedule.schedule(spec, case.hidden, rows, capability)
+    sets = case.sets(mode, torch.cuda.get_device_properties(0).L2_cache_size)
+    buffers, estimate = Buffers(case, sets, "cuda"), max(1.0, case.moved / 4.2e6)
+
+    def timed(columns: dict[Any, Norm], more: dict[str, Any]) -> dict[Any, float]:
+        calls = {name: buffers.bind(norm) for name, norm in columns.items()}
+        for call in calls.values():
+            call(0)
+        return medians({**calls, **more}, estimate, sets, "cuda", {})
+
+    kernels = built(spec, case.hidden, [now, *candidates(case, capability >= (9, 0))])
+    first = timed(kernels, {})
+    best = sorted(first, key=first.__getitem__)[:SHORTLIST]
+    columns: dict[Any, Norm] = built(spec, case.hidden, [now, *refined(best)])
+    columns |= named(case)
+    second = timed(columns, copies(case, sets, "cuda"))
+    copy = min(us for name, us in second.items() if name not in columns)
+    point = {**dataclasses.asdict(case), "mode": mode}
+    return [
+        {
+            **point,
+            "stage": stage,
+            "schedule": _word(name) if isinstance(name, Schedule) else name,
+            "us": round(us, 3),
+            "of_copy": round(copy / us, 4),
+            "in_use": name == now,
+        }
+        for stage, times in ((1, first), (2, second))
+        for name, us in sorted(times.items(), key=lambda item: item[1])
+    ]
+
+
+def _bound(kernel: RowKernel) -> Norm:
+    return lambda x, residual, weight: kernel(x, residual, weight, None, EPS)
+
+
+def _word(one: Schedule) -> str:
+    """Threads of a row x rows of a block, or threads / segment x blocks of a row."""
+    spread = f"{one.threads}x{one.rows}"
+    if one.blocks > 1:
+        spread = f"{one.threads}/{one.segment}x{one.blocks}"
+    return f"{spread} w{one.weight}{' eager' if one.eager else ''}"
+
+
+ROUNDINGS = {"cast": CAST_FIRST, "scale": SCALE_FIRST}
+
+
+def _point(text: str) -> list[tuple[Case, str]]:
+    """`variant:rounding:dtype:ROWS,...xHIDDEN,...[:mode]`."""
+    variant, rounding, dtype, size, *mode = text.split(":")
+    rows, hidden = (map(int, part.split(",")) for part in size.split("x"))
+    cases = [
+        Case(variant, ROUNDINGS[rounding], dtype, *counts)
+        for counts in itertools.product(rows, hidden)
+    ]
+    return [(case, one) for case in cases for one in mode or case.modes]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, budget=120)
+    parser.add_argument("points", nargs="+", type=_point, help=_point.__doc__)
+    args = parser.parse_args()
+    budget = Budget(args.budget)
+    recorder = Recorder(args.out, "sweep", header(args))
+    warm_up(args.device)
+    with torch.no_grad():
+        for case, mode in itertools.chain(*args.points):
+            if budget.left < 0:
+                recorder.about["cut"] = f"before {case} {mode}: {args.budget:.0f} s were over"
+                break
+            recorder.add(sweep(case, mode))
+    recorder.save()
+    shown = [row for row in recorder.rows if row["stage"] == 2]
+    print(tabulate(shown, headers="keys"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
