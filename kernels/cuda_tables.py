@@ -117,7 +117,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(640, 5, 128, 2, True),
         Whole(768, 2, 128, 2, True),
         Whole(896, 7, 128, 1),
-        Whole(1024, 8, 128, 1),
+        Whole(1024, 4, 128, 1),
     ),
     ("several", "light"): (
         Whole(64, 1, 128, 0, True),
@@ -135,7 +135,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(384, 1, 128, 0, True),
         Whole(512, 1, 128, 0),
         Whole(896, 2, 128, 2),
-        Whole(1024, 8, 128, 2),
+        Whole(1024, 1, 128, 0, True),
     ),
     ("some", "light"): (
         Whole(32, 1, 512, 0, True),
