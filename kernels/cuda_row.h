@@ -23,17 +23,12 @@ struct FxArgs {
   u32 wide;  // every row of every tensor starts at a multiple of 16 bytes
 };
 
-// r / n for r below 2^31, by what divisor() of cuda_call.py made of n: a division takes as long as a
-// load, and all loads would wait for it.
-FX_INLINE u32 quotient(u32 r, u32 factor, u32 shift) {
-  return (u32)((u64)r * factor >> shift);
-}
-FX_INLINE i64 start_of(u32 r, const FxArgs& a, i64 outer, i64 step) {
-  const u32 q = quotient(r, a.inner_factor, a.inner_shift);
-  return (i64)q * outer + (i64)(r - q * a.inner) * step;
-}
-FX_INLINE i64 start_of_factor(u32 r, u32 rows, u32 factor, u32 shift) {
-  return (i64)(r - quotient(r, factor, shift) * rows) * FX_HIDDEN;
+// (r / by) * outer + (r % by) * step for r below 2^31, by what divisor() of cuda_call.py made of
+// `by`. Out of line, or its instructions run in any case, and all loads wait for them.
+static __device__ __noinline__ i64 two_steps(u32 r, u32 by, u32 factor, u32 shift, i64 outer,
+                                             i64 step) {
+  const u32 q = (u32)((u64)r * factor >> shift);
+  return (i64)q * outer + (i64)(r - q * by) * step;
 }
 
 // Worked out before the kernel waits for the one before it, not when the address is needed.
@@ -41,6 +36,14 @@ template <class T>
 FX_INLINE T* settled(T* address) {
   asm volatile("" : "+l"(address));
   return address;
+}
+
+// The same unit, but the compiler does not know: it then widens the elements again, where it would
+// keep both forms in registers. (`wide` is 0 or 1.)
+template <class T>
+FX_INLINE void forget(Unit<T>& unit, const FxArgs& a) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) unit.v[k].bits ^= a.wide >> 1;
 }
 
 template <class S, bool WIDE>
@@ -73,19 +76,25 @@ struct Row {
   int own;
 
   FX_INLINE Row at(const FxArgs& a, u32 r, int own) {
+    i64 x = (i64)r * a.x_outer, residual = (i64)r * a.residual_outer, weight = 0, bias = 0;
+    // Most tensors have one stride and one weight.
+    if ((a.inner | a.weight_rows | a.bias_rows) != 1) {
+      x = two_steps(r, a.inner, a.inner_factor, a.inner_shift, a.x_outer, a.x_step);
+      if constexpr (S::has_residual)
+        residual = two_steps(r, a.inner, a.inner_factor, a.inner_shift, a.residual_outer,
+                             a.residual_step);
+      weight = two_steps(r, a.weight_rows, a.weight_factor, a.weight_shift, 0, FX_HIDDEN);
+      if constexpr (S::has_bias)
+        bias = two_steps(r, a.bias_rows, a.bias_factor, a.bias_shift, 0, FX_HIDDEN);
+    }
     Row row;
     row.own = own;
-    row.x = settled((const X*)a.x + start_of(r, a, a.x_outer, a.x_step) + own);
+    row.x = settled((const X*)a.x + x + own);
     if constexpr (S::has_residual)
-      row.residual = settled((const Residual*)a.residual +
-                             start_of(r, a, a.residual_outer, a.residual_step) + own);
+      row.residual = settled((const Residual*)a.residual + residual + own);
     if constexpr (S::writes_sum) row.sum = (Normed*)a.sum + (i64)r * FX_HIDDEN + own;
-    if constexpr (S::has_weight)
-      row.weight = settled((const Weight*)a.weight + own +
-                           start_of_factor(r, a.weight_rows, a.weight_factor, a.weight_shift));
-    if constexpr (S::has_bias)
-      row.bias = (const Bias*)a.bias + own +
-                 start_of_factor(r, a.bias_rows, a.bias_factor, a.bias_shift);
+    if constexpr (S::has_weight) row.weight = settled((const Weight*)a.weight + weight + own);
+    if constexpr (S::has_bias) row.bias = (const Bias*)a.bias + bias + own;
     row.out = (Out*)a.out + (i64)r * FX_HIDDEN + own;
     return row;
   }
@@ -149,6 +158,7 @@ FX_INLINE void run(const FxArgs& a) {
   // Stores may alias the inputs as far as the compiler knows, so each batch loads before it stores.
   constexpr int BATCH = Here::kept ? CHUNKS : 1;
   constexpr int WEIGHT = Here::kept ? FX_WEIGHT : 2;
+  constexpr bool FORGET = BATCH * MINE > 1 && sizeof(Unit<Normed>) == 16;
   const int row_of_block = FX_ROWS > 1 ? threadIdx.x / FX_THREADS : 0;
   const int t = threadIdx.x - row_of_block * FX_THREADS;
   const u32 r = blockIdx.x / FX_BLOCKS * (u32)FX_ROWS + row_of_block;
@@ -246,7 +256,9 @@ FX_INLINE void run(const FxArgs& a) {
     for (int c = 0; c < BATCH; ++c)
 #pragma unroll
       for (int m = 0; m < MINE; ++m) {
-        if (has_unit(first + c, m, t)) row.write(place(first + c, m), held[c][m], w[c][m], scale);
+        if (!has_unit(first + c, m, t)) continue;
+        if constexpr (FORGET) forget(held[c][m], a);
+        row.write(place(first + c, m), held[c][m], w[c][m], scale);
       }
   }
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from fxpass.kernels import cuda_source, cuda_tables, gpu_rows
 from fxpass.kernels.cuda_source import Schedule
 from fxpass.spec import NormSpec
@@ -11,7 +9,7 @@ from fxpass.spec import NormSpec
 
 def schedule(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int]) -> Schedule:
     """The schedule for so many rows on a device of that compute capability."""
-    units, kind = -(-hidden // gpu_rows.VECTOR), _kind(spec)
+    units, kind = -(-hidden // gpu_rows.VECTOR), cuda_source.kind(spec)
     size = next((word for most, word in cuda_tables.SIZES if rows <= most), "many")
     long = hidden > gpu_rows.MOST_LANES
     eager = rows <= cuda_tables.LONG_EAGER if long else size != "many"
@@ -49,17 +47,6 @@ def _clusters(kind: str, units: int) -> list[tuple[int, int, cuda_tables.Cluster
         if found.above < units <= found.up_to
     ]
     return [(found.most // n, n, found) for n, found in fitting if n <= cuda_tables.MOST_BLOCKS]
-
-
-def _kind(spec: NormSpec) -> str:
-    """How much a thread does with a unit.
-
-    heavy: it reads more than one 16-bit unit at a place (a residual, or float32). float: the weight
-    is multiplied in float32. light: it is a 16-bit product, two elements at a time.
-    """
-    if spec.residual is not None or spec.normed == torch.float32:
-        return "heavy"
-    return "float" if cuda_source.before_product(spec) is None else "light"
 
 
 def _threads(count: int) -> int:

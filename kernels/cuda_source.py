@@ -26,15 +26,13 @@ _WORDS = {
 _QUALIFIERS = "static __device__ __forceinline__"
 _KEPT_BYTES = 128
 """Of a row in one thread's registers: 32 of its 255."""
-_REGISTERS = (
-    {1: 32, 2: 40, 3: 56, 4: 72, 8: 128},
-    {1: 32, 2: 48, 3: 64, 4: 80, 7: 128, 8: 128},
-)
-_MORE_REGISTERS = 8
-"""Of rows of several chunks or blocks."""
-"""Of a thread at most, by its units of 16-bit elements, without and with a residual: what it can do
-with on sm_90. Left to itself the compiler takes up to half as many more, and rows wait for a place.
-"""
+_REGISTERS = {
+    "light": {1: 32, 2: 40, 3: 56, 4: 64, 8: 128},
+    "float": {1: 32, 2: 32, 3: 56, 4: 56, 8: 96},
+    "heavy": {1: 32, 2: 40, 3: 64, 4: 64, 5: 56, 7: 128, 8: 128},
+}
+"""Of a thread at most, by the kind of spec and its units of 16-bit elements: what it can do with on
+sm_90. Left to itself the compiler takes up to half as many more, and rows wait for a place."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,17 @@ class Schedule:
 def refusal(spec: NormSpec) -> str | None:
     """Why no kernel can be generated for `spec`, or None."""
     return steps.refusal(spec, tuple(c_struct.C_TYPES))
+
+
+def kind(spec: NormSpec) -> str:
+    """How much a thread does with a unit.
+
+    heavy: it reads more than one 16-bit unit at a place (a residual, or float32). float: the weight
+    is multiplied in float32. light: it is a 16-bit product, two elements at a time.
+    """
+    if spec.residual is not None or spec.normed == torch.float32:
+        return "heavy"
+    return "float" if before_product(spec) is None else "light"
 
 
 def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
@@ -104,11 +113,9 @@ def _blocks(spec: NormSpec, hidden: int, schedule: Schedule) -> int:
     lanes = gpu_rows.lanes(hidden)
     segment = schedule.segment if schedule.blocks > 1 else -(-min(hidden, lanes) // gpu_rows.VECTOR)
     units = -(-segment // schedule.threads) * -(-hidden // lanes)
-    registers = _REGISTERS[spec.residual is not None].get(units)
+    registers = _REGISTERS[kind(spec)].get(units)
     if registers is None or not is_narrow(spec.normed):
         return 1
-    if units > 1 and (schedule.blocks > 1 or hidden > lanes):
-        registers += _MORE_REGISTERS
     # A quarter of a multiprocessor has 16,384 registers, and a warp takes them by eights for each
     # of its 32 threads.
     warps = 4 * (16_384 // 32 // registers)

@@ -94,6 +94,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(256, 1, 128, 2, True),
         Whole(320, 2, 128, 0, True),
         Whole(512, 1, 128, 2),
+        Whole(640, 2, 128, 1, True),
         Whole(768, 2, 128, 0),
         Whole(896, 4, 128, 0),
         Whole(1024, 4, 128, 2),
@@ -103,21 +104,22 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(96, 3, 128, 0, True),
         Whole(128, 1, 128, 1, True),
         Whole(192, 2, 128, 0, True),
-        Whole(256, 2, 128, 1, True),
+        Whole(256, 1, 128, 1, True),
         Whole(384, 2, 128, 0, True),
         Whole(512, 1, 128, 2, True),
+        Whole(640, 2, 128, 0, True),
         Whole(768, 2, 128, 2),
         Whole(1024, 2, 128, 2),
     ),
     ("fours", "heavy"): (
         Whole(32, 1, 128, 0, True),
-        Whole(256, 1, 128, 1, True),
+        Whole(128, 1, 128, 1, True),
         Whole(384, 2, 128, 1, True),
         Whole(512, 1, 128, 1, True),
         Whole(640, 5, 128, 2, True),
         Whole(768, 2, 128, 2, True),
         Whole(896, 7, 128, 1),
-        Whole(1024, 4, 128, 1),
+        Whole(1024, 8, 128, 1),
     ),
     ("several", "light"): (
         Whole(64, 1, 128, 0, True),
@@ -140,7 +142,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
     ("some", "light"): (
         Whole(32, 1, 512, 0, True),
         Whole(48, 2, 128, 0, True),
-        Whole(64, 1, 256, 1, True),
+        Whole(64, 2, 512, 0, True),
         Whole(96, 3, 128, 1, True),
         Whole(128, 1, 256, 2, True),
         Whole(192, 2, 192, 0, True),
@@ -152,7 +154,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
     ("some", "float"): (
         Whole(32, 1, 512, 0, True),
         Whole(48, 2, 128, 0, True),
-        Whole(64, 1, 256, 1, True),
+        Whole(64, 2, 512, 0, True),
         Whole(96, 3, 128, 1, True),
         Whole(128, 1, 256, 1, True),
         Whole(192, 2, 192, 0, True),
@@ -167,10 +169,10 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
     ("some", "heavy"): (
         Whole(32, 1, 256, 0, True),
         Whole(48, 3, 128, 0, True),
-        Whole(64, 1, 256, 1, True),
+        Whole(64, 2, 512, 0, True),
         Whole(96, 3, 128, 1, True),
-        Whole(128, 4, 128, 1, True),
-        Whole(256, 4, 64, 1),
+        Whole(128, 4, 512, 1, True),
+        Whole(256, 2, 128, 2, True),
         Whole(448, 2, 128, 0, True),
         Whole(512, 1, 128, 0, True),
         Whole(1024, 2, 128, 0, True),
@@ -204,7 +206,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(16, 1, 256, 0),
         Whole(32, 2, 128, 0),
         Whole(48, 3, 128, 0),
-        Whole(64, 4, 64, 0),
+        Whole(64, 4, 64, 1),
         Whole(96, 3, 128, 0),
         Whole(128, 1, 256, 0),
         Whole(448, 1, 256, 0),
@@ -212,7 +214,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(1024, 1, 256, 0),
     ),
 }
-"""By the number of rows and their kind (`cuda_schedule._kind`). A kind without an entry has
+"""By the number of rows and their kind (`cuda_source.kind`). A kind without an entry has
 light's."""
 
 LONG = {"light": 512, "float": 1024, "heavy": 1024}
@@ -262,8 +264,8 @@ _LONG_PLAIN = (
     Cluster(1024, 256, 128, 0),
 )
 LONG_CLUSTERS: dict[str, tuple[Cluster, ...]] = {
-    "light": (*_LONG_PLAIN, Cluster(EVERY, 512, 128, 0)),
-    "float": (*_LONG_PLAIN, Cluster(EVERY, 256, 64, 0)),
+    "light": _LONG_PLAIN,
+    "float": (*_LONG_PLAIN, Cluster(EVERY, 512, 128, 0)),
     "heavy": (
         Cluster(33, 128, 128, 1),
         Cluster(132, 512, 512, 1),
