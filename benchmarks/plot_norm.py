@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_cases import CAST_FIRST
-from gpu_summary import named_times
+from gpu_summary import NAMED_HERE
 
 STYLES = {
     "cuda.row": ("#000000", "o", "-", 2.0),
@@ -23,7 +23,7 @@ STYLES = {
     "F.rms_norm": ("#a0a0a0", "+", "--", 1.0),
 }
 """Colour, marker, line and width; markers and lines differ, so that it reads in grey."""
-LABELS = {"named": "fastest of SGLang, vLLM, FlashInfer, quack (another run)"}
+LABELS = {"named": "fastest of FlashInfer, quack, SGLang"}
 TOP = 4.0
 """Upper end of the axis: what is slower leaves the panel."""
 
@@ -31,7 +31,6 @@ TOP = 4.0
 def series(record: dict[str, Any], variant: str, hidden: int) -> dict[str, dict[int, float]]:
     """Time over the copy's, by column and rows; hot where the point was measured hot."""
     found: dict[str, dict[int, float]] = {}
-    named = named_times()
     wanted = (variant, CAST_FIRST, "bf16", hidden)
     rows = [
         r
@@ -42,13 +41,10 @@ def series(record: dict[str, Any], variant: str, hidden: int) -> dict[str, dict[
     for row in rows:
         if row["mode"] == "cold" and row["rows"] in hot:
             continue
-        if row["kernel"] in STYLES:
-            found.setdefault(row["kernel"], {})[row["rows"]] = 1 / row["of_copy"]
-        then = named.get((variant, "bf16", row["rows"], hidden, row["mode"]))
-        if then is not None:
-            own = {"inductor", "inductor_epc", "inductor_ma", "liger", "F.rms_norm", "copy"}
-            best = min(us for name, us in then.items() if name not in own)
-            found.setdefault("named", {})[row["rows"]] = best / then["copy"]
+        name = "named" if row["kernel"] in NAMED_HERE else row["kernel"]
+        if name in STYLES:
+            column, over = found.setdefault(name, {}), 1 / row["of_copy"]
+            column[row["rows"]] = min(over, column.get(row["rows"], over))
     return found
 
 

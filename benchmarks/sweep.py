@@ -51,8 +51,7 @@ def candidates(case: Case, clusters: bool) -> Iterator[Schedule]:
     rows_at_all = case.rows * (HEADS if case.variant == "qk" else 1)
     found = set()
     for each in EACH:
-        count = -(-units // each)
-        threads = 1 << (count - 1).bit_length() if count <= 32 else -(-count // 32) * 32
+        threads = cuda_schedule.threads_of(units, each)
         fill = max(1, 32 // threads)  # rows of a warp
         most = min(max(fill, rows_at_all), 1024 // threads)
         found |= {Schedule(threads, n * fill) for n in ROWS if n * fill <= most}

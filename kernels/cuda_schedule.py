@@ -21,7 +21,7 @@ def schedule(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int]
         return Schedule(cuda_tables.LONG[kind], 1, eager, weight=2 if eager else 0)
     table = cuda_tables.WHOLE.get((size, kind)) or cuda_tables.WHOLE[size, "light"]
     whole = next(found for found in table if units <= found.up_to)
-    threads = _threads(-(-units // whole.each))
+    threads = threads_of(units, whole.each)
     return Schedule(threads, max(1, whole.block // threads), whole.eager, weight=whole.weight)
 
 
@@ -49,6 +49,7 @@ def _clusters(kind: str, units: int) -> list[tuple[int, int, cuda_tables.Cluster
     return [(found.most // n, n, found) for n, found in fitting if n <= cuda_tables.MOST_BLOCKS]
 
 
-def _threads(count: int) -> int:
-    """At least `count`: a power of two below 32, a multiple of 32 above."""
+def threads_of(units: int, each: int) -> int:
+    """Of a row, with so many units for each: a power of two below 32, a multiple of 32 above."""
+    count = -(-units // each)
     return 1 << (count - 1).bit_length() if count <= 32 else -(-count // 32) * 32
