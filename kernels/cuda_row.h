@@ -31,15 +31,18 @@ static __device__ __noinline__ i64 two_steps(u32 r, u32 by, u32 factor, u32 shif
   return (i64)q * outer + (i64)(r - q * by) * step;
 }
 
-// Worked out before the kernel waits for the one before it, not when the address is needed.
+// Worked out before the kernel waits for the one before it, not when the address is needed; the
+// assembler may leave its last addition behind the wait.
 template <class T>
 FX_INLINE T* settled(T* address) {
-  asm volatile("" : "+l"(address));
-  return address;
+  size_t global = __cvta_generic_to_global(address);
+  asm volatile("" : "+l"(global));
+  return (T*)__cvta_global_to_generic(global);
 }
 
 // The same unit, but the compiler does not know: it then widens the elements again, where it would
-// keep both forms in registers. (`wide` is 0 or 1.)
+// keep both forms in registers. (`wide` is 0 or 1, and known to be 0 where it makes no difference:
+// without 16-byte accesses.)
 template <class T>
 FX_INLINE void forget(Unit<T>& unit, const FxArgs& a) {
 #pragma unroll

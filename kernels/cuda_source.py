@@ -31,8 +31,10 @@ _REGISTERS = {
     "float": {1: 32, 2: 32, 3: 56, 4: 56, 8: 96},
     "heavy": {1: 32, 2: 40, 3: 64, 4: 64, 5: 56, 7: 128, 8: 128},
 }
-"""Of a thread at most, by the kind of spec and its units of 16-bit elements: what it can do with on
-sm_90. Left to itself the compiler takes up to half as many more, and rows wait for a place."""
+"""Of a thread, about, by the kind of spec and its units: what it can do with on sm_90 if everything
+is bf16. Left to itself the compiler takes up to half as many more, and rows wait for a place."""
+_MOST_BLOCKS = 32
+"""Of a multiprocessor."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,12 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
             header("cuda_units.h"),
             header("cuda_row.h"),
             *c_struct.struct(spec, _QUALIFIERS, _WORDS, flags, more),
-            # Registers were counted for compute capability 9.0.
-            f"#define FX_RESIDENT (__CUDA_ARCH__ == 900 ? {_blocks(spec, hidden, schedule)} : 1)",
-            f'extern "C" __global__ void __launch_bounds__({block}, FX_RESIDENT)',
+            "#if __CUDA_ARCH__ == 900  // registers were counted there",
+            f"#define FX_BOUNDS __launch_bounds__({block}, {_blocks(spec, hidden, schedule)})",
+            "#else",
+            f"#define FX_BOUNDS __launch_bounds__({block})",
+            "#endif",
+            'extern "C" __global__ void FX_BOUNDS',
             *[f"__cluster_dims__({schedule.blocks}, 1, 1)"] * (schedule.blocks > 1),
             "fxpass_run(const __grid_constant__ FxArgs a) {",
             "  run_rows<Spec>(a);",
@@ -114,12 +119,13 @@ def _blocks(spec: NormSpec, hidden: int, schedule: Schedule) -> int:
     segment = schedule.segment if schedule.blocks > 1 else -(-min(hidden, lanes) // gpu_rows.VECTOR)
     units = -(-segment // schedule.threads) * -(-hidden // lanes)
     registers = _REGISTERS[kind(spec)].get(units)
-    if registers is None or not is_narrow(spec.normed):
+    held = (spec.x, spec.residual, spec.weight, spec.bias, spec.normed, spec.out)
+    if registers is None or not all(dtype is None or is_narrow(dtype) for dtype in held):
         return 1
     # A quarter of a multiprocessor has 16,384 registers, and a warp takes them by eights for each
     # of its 32 threads.
     warps = 4 * (16_384 // 32 // registers)
-    return max(1, warps // -(-schedule.threads * schedule.rows // 32))
+    return min(_MOST_BLOCKS, max(1, warps // -(-schedule.threads * schedule.rows // 32)))
 
 
 def before_product(spec: NormSpec) -> list[Statement] | None:

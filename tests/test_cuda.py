@@ -27,7 +27,7 @@ ALONE, SHARED, FEW, MANY = 1, 64, 512, 1 << 20
 NUMBERS = (ALONE, SHARED, FEW, MANY)
 HIDDEN = (1, 31, 128, 257, 1000, 4096, 5120, 16_384, 65_536)
 ARCHITECTURES = tuple(CAPABILITIES)
-MAIN = ("llama", "residual")
+MAIN = ("llama", "nn_rms_norm", "residual")
 
 
 # ---- Compilation --------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_generated_source_is_the_same_every_time(golden):
 
 # ---- Schedules ----------------------------------------------------------------------------------
 
-KINDS = ("llama", "llama_f32", "residual", "residual_f32_sum")
+KINDS = ("llama", "nn_rms_norm", "llama_f32", "residual", "residual_f32_sum")
 
 
 def units_of(hidden: int) -> int:
@@ -179,7 +179,7 @@ def test_every_schedule_is_legal(name, arch):
             assert units <= schedule.blocks * schedule.segment
 
 
-@pytest.mark.parametrize("name", [*KINDS, "nn_rms_norm"])
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("hidden", [64, 128, 1000, 2048, 2056, 5120, 8192, 16_384, 65_536])
 def test_all_schedules_are_built_before_a_launch(name, hidden):
     changes = cuda_schedule.changes(hidden)

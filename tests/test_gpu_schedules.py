@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cuda_cases import ALL
-from kernel_cases import EPS, inputs, same_bits
+from kernel_cases import EPS, Inputs, inputs, same_bits
 from test_cuda import partial_sums, spread_of, units_of
 from test_gpu_kernels import on_device
 
 from fxpass.kernels import by_name
 from fxpass.kernels.cuda_call import RowKernel
 from fxpass.kernels.cuda_source import Schedule
+from fxpass.spec import NormSpec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,19 +57,26 @@ def schedules(hidden: int) -> Iterator[Schedule]:
             yield dataclasses.replace(schedule, weight=weight)
 
 
+def layouts(spec: NormSpec, hidden: int) -> Iterator[Inputs]:
+    """Rows behind each other, and rows with two strides and five weights."""
+    yield on_device(inputs(spec, ROWS, hidden, seed=hidden))
+    given = on_device(inputs(spec, 6, 5, hidden, weight_rows=5, seed=hidden))
+    yield given.map_rows(lambda t: t.transpose(0, 1).contiguous().transpose(0, 1))
+
+
 @pytest.mark.parametrize("name", ["llama", "residual", "llama_f32", "nn_rms_norm"])
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_every_legal_schedule_gives_the_same_bits(name: str, hidden: int) -> None:
     spec = ALL[name]
-    given = on_device(inputs(spec, ROWS, hidden, seed=hidden))
-    wanted = given.run(by_name("triton.row"), spec)
     every = list(schedules(hidden))
     assert len(every) >= 3
     kernels = [RowKernel(spec, hidden, 0, lambda *_, one=one: one) for one in every]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda kernel: kernel.prepare([1]), kernels))
-    for schedule, kernel in zip(every, kernels, strict=True):
-        found = kernel(given.x, given.residual, given.weight, None, EPS)
-        tensors = found if isinstance(found, tuple) else (found,)
-        for output, tensor in zip(spec.outputs, tensors, strict=True):
-            assert same_bits(tensor, wanted[output]), (schedule, output)
+    for given in layouts(spec, hidden):
+        wanted = given.run(by_name("triton.row"), spec)
+        for schedule, kernel in zip(every, kernels, strict=True):
+            found = kernel(given.x, given.residual, given.weight, None, EPS)
+            tensors = found if isinstance(found, tuple) else (found,)
+            for output, tensor in zip(spec.outputs, tensors, strict=True):
+                assert same_bits(tensor, wanted[output]), (schedule, output, given.x.stride())
