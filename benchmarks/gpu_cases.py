@@ -39,10 +39,14 @@ class Case:
     hidden: int
 
     @property
+    def normed_rows(self) -> int:
+        """Rows that are normalised."""
+        return self.rows * (HEADS if self.variant == "qk" else 1)
+
+    @property
     def moved(self) -> int:
         """Bytes that must be moved: x and out, with a residual also that and the sum."""
-        heads = HEADS if self.variant == "qk" else 1
-        return self.rows * heads * self.hidden * 2 * (4 if self.variant == "residual" else 2)
+        return self.normed_rows * self.hidden * 2 * (4 if self.variant == "residual" else 2)
 
     @property
     def modes(self) -> list[str]:

@@ -66,13 +66,14 @@ def ours(case: Case, platform: str) -> tuple[dict[str, Norm], dict[str, str]]:
             continue
         why = kernel.refusal(spec, platform, case.hidden) or kernel.prepare(spec, case.hidden)
         if why is None:
-            found[kernel.name] = _bound(kernel.entry(spec))
+            found[kernel.name] = bound(kernel.entry(spec))
         else:
             refused[kernel.name] = why
     return found, refused
 
 
-def _bound(entry: Callable[..., object]) -> Norm:
+def bound(entry: Callable[..., object]) -> Norm:
+    """A kernel's entry as a column."""
     return lambda x, residual, weight: entry(x, residual, weight, None, EPS)
 
 

@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from gpu_cases import CAST_FIRST, EPS, HEADS, SCALE_FIRST, Buffers, Case, Norm
+from gpu_cases import CAST_FIRST, SCALE_FIRST, Buffers, Case, Norm
 from gpu_named import named
-from gpu_peers import copies
+from gpu_peers import bound, copies
 from gpu_timing import Budget, Recorder, add_arguments, header, medians, warm_up
 from tabulate import tabulate
 
@@ -48,12 +48,11 @@ def candidates(case: Case, clusters: bool) -> Iterator[Schedule]:
     """Ways to spread a row. Some are not legal: NVRTC refuses those."""
     lanes = gpu_rows.lanes(case.hidden)
     units = -(-min(case.hidden, lanes) // gpu_rows.VECTOR)
-    rows_at_all = case.rows * (HEADS if case.variant == "qk" else 1)
     found = set()
     for each in EACH:
         threads = cuda_schedule.threads_of(units, each)
         fill = max(1, 32 // threads)  # rows of a warp
-        most = min(max(fill, rows_at_all), 1024 // threads)
+        most = min(max(fill, case.normed_rows), 1024 // threads)
         found |= {Schedule(threads, n * fill) for n in ROWS if n * fill <= most}
     if clusters and (case.hidden > lanes or case.rows <= MOST_CLUSTERED):
         for segment, each in itertools.product(SEGMENTS, PER_BLOCK):
@@ -85,15 +84,14 @@ def built(spec: NormSpec, hidden: int, every: list[Schedule]) -> dict[Schedule, 
 
     with ThreadPoolExecutor() as pool:
         kept = list(pool.map(legal, kernels))
-    return {one: _bound(k) for (one, k), ok in zip(kernels.items(), kept, strict=True) if ok}
+    return {one: bound(k) for (one, k), ok in zip(kernels.items(), kept, strict=True) if ok}
 
 
 def sweep(case: Case, mode: str) -> list[dict[str, Any]]:
     """Rows of one point: stage 1 are all schedules, 2 the best and what they compete with."""
     spec = NormSpec.parse(case.spec)
     capability = torch.cuda.get_device_capability()
-    rows = case.rows * (HEADS if case.variant == "qk" else 1)
-    now = cuda_schedule.schedule(spec, case.hidden, rows, capability)
+    now = cuda_schedule.schedule(spec, case.hidden, case.normed_rows, capability)
     sets = case.sets(mode, torch.cuda.get_device_properties(0).L2_cache_size)
     buffers, estimate = Buffers(case, sets, "cuda"), max(1.0, case.moved / 4.2e6)
 
@@ -123,10 +121,6 @@ def sweep(case: Case, mode: str) -> list[dict[str, Any]]:
         for stage, times in ((1, first), (2, second))
         for name, us in sorted(times.items(), key=lambda item: item[1])
     ]
-
-
-def _bound(kernel: RowKernel) -> Norm:
-    return lambda x, residual, weight: kernel(x, residual, weight, None, EPS)
 
 
 def _word(one: Schedule) -> str:

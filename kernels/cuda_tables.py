@@ -1,7 +1,7 @@
 """How many threads `cuda.row` gives a row: what sweeps on an H200 found fastest.
 
-Hidden 64 to 16,384, 1 to 32,768 rows, hot and cold, up to 40 schedules for a point. `cuda_schedule`
-reads these tables.
+Hidden 64 to 16,384, 1 to 32,768 rows, hot and cold, up to 120 schedules for a point.
+`cuda_schedule` reads these tables.
 """
 
 from __future__ import annotations
