@@ -58,6 +58,7 @@ POINTS = (
     Point("bias and weights per head", BIAS, 12, 128, weight_rows=4),
     Point("float32", SINGLE, 3, 8192),
     Point("two chunks", LLAMA, 3, 16_384),
+    Point("evicted last", RESIDUAL, 1030, 8192),
     Point("two chunks of one block each", RESIDUAL, 300, 16_384),
     Point("two blocks of a row", RESIDUAL, 64, 4096),
     Point("rows read twice, the last chunk not full", RESIDUAL, 2, 65_528),

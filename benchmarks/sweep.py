@@ -101,7 +101,10 @@ def sweep(case: Case, mode: str) -> list[dict[str, Any]]:
             call(0)
         return medians({**calls, **more}, estimate, sets, "cuda", {})
 
-    kernels = built(spec, case.hidden, [now, *candidates(case, capability >= (9, 0))])
+    spread = [
+        dataclasses.replace(one, last=now.last) for one in candidates(case, capability >= (9, 0))
+    ]
+    kernels = built(spec, case.hidden, [now, *spread])
     first = timed(kernels, {})
     best = sorted(first, key=first.__getitem__)[:SHORTLIST]
     columns: dict[Any, Norm] = built(spec, case.hidden, [now, *refined(best)])
@@ -128,7 +131,7 @@ def _word(one: Schedule) -> str:
     spread = f"{one.threads}x{one.rows}"
     if one.blocks > 1:
         spread = f"{one.threads}/{one.segment}x{one.blocks}"
-    return f"{spread} w{one.weight}{' eager' if one.eager else ''}"
+    return f"{spread} w{one.weight}{' eager' * one.eager}{' last' * one.last}"
 
 
 ROUNDINGS = {"cast": CAST_FIRST, "scale": SCALE_FIRST}

@@ -10,6 +10,7 @@
 // FX_EAGER              whether the next kernel may be launched at once, not when the row is summed
 // FX_WEIGHT             when it is loaded: 0 with x, 1 before threads add up, 2 after
 // FX_KEPT_BYTES         most of a row that a thread keeps in registers
+// FX_LAST               whether the L2 is to evict x and the residual last
 
 // ---- One launch ---------------------------------------------------------------------------------
 
@@ -168,6 +169,11 @@ FX_INLINE void run(const FxArgs& a) {
   // The others only take part in the shuffles and barriers.
   const bool active = FX_ROWS == 1 || r < a.rows;
   const Here row = Here::at(a, active ? r : 0, own_element(t));
+#if FX_LAST
+  const Policy policy = evict_last();
+#else
+  const none policy = {};
+#endif
 #if FX_BLOCKS > 1
   set_up(t == 0);
 #endif
@@ -215,9 +221,9 @@ FX_INLINE void run(const FxArgs& a) {
       for (int m = 0; m < MINE; ++m) {
         const int at = place(first + c, m);
         if (!active || !has_unit(first + c, m, t)) continue;
-        x[c][m] = load<WIDE>(row.x + at, row.own + at);
+        x[c][m] = load<WIDE>(row.x + at, row.own + at, policy);
         if constexpr (S::has_residual)
-          residual[c][m] = load<WIDE>(row.residual + at, row.own + at);
+          residual[c][m] = load<WIDE>(row.residual + at, row.own + at, policy);
       }
     if (WEIGHT == 0) load_weights(first);
 #pragma unroll

@@ -82,7 +82,7 @@ def prepare(spec: NormSpec, hidden: int | None) -> str | None:
         return why_not
     try:
         kernel = row_kernel(spec, hidden, torch.cuda.current_device())
-        kernel.prepare(cuda_schedule.changes(hidden))
+        kernel.prepare(cuda_schedule.changes(spec, hidden))
     except BuildError as error:
         return str(error)
     return None

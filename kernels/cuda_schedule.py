@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from fxpass.kernels import cuda_source, cuda_tables, gpu_rows
 from fxpass.kernels.cuda_source import Schedule
 from fxpass.spec import NormSpec
@@ -9,6 +11,11 @@ from fxpass.spec import NormSpec
 
 def schedule(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int]) -> Schedule:
     """The schedule for so many rows on a device of that compute capability."""
+    last = capability == cuda_tables.LAST_ON and rows >= _rows_read_last(spec, hidden)
+    return dataclasses.replace(_spread(spec, hidden, rows, capability), last=last)
+
+
+def _spread(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int]) -> Schedule:
     units, kind = -(-hidden // gpu_rows.VECTOR), cuda_source.kind(spec)
     size = next((word for most, word in cuda_tables.SIZES if rows <= most), "many")
     long = hidden > gpu_rows.MOST_LANES
@@ -25,14 +32,21 @@ def schedule(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int]
     return Schedule(threads, max(1, whole.block // threads), whole.eager, weight=whole.weight)
 
 
-def changes(hidden: int) -> list[int]:
+def _rows_read_last(spec: NormSpec, hidden: int) -> int:
+    """From how many rows on the L2 is to evict last what is read."""
+    moved = [spec.x, spec.residual, spec.out, spec.normed if "sum" in spec.outputs else None]
+    of_row = hidden * sum(dtype.itemsize for dtype in moved if dtype is not None)
+    return -(-cuda_tables.LAST_FROM[cuda_source.kind(spec)] // of_row)
+
+
+def changes(spec: NormSpec, hidden: int) -> list[int]:
     """The numbers of rows at which another schedule may begin, on any device."""
     units = -(-hidden // gpu_rows.VECTOR)
     ends = {end for kind in cuda_tables.LONG for end, *_ in _clusters(kind, units)} - {
         cuda_tables.EVERY
     }
     ends |= {most for most, _ in cuda_tables.SIZES} | {cuda_tables.LONG_EAGER}
-    return sorted({1} | {end + 1 for end in ends})
+    return sorted({1, _rows_read_last(spec, hidden)} | {end + 1 for end in ends})
 
 
 def _clusters(kind: str, units: int) -> list[tuple[int, int, cuda_tables.Cluster]]:

@@ -54,6 +54,8 @@ class Schedule:
     weight: int = 0
     """When a thread loads the weight: 0 with x, 1 before the threads of a row add up, 2 after.
     Of a row too long for the registers always after."""
+    last: bool = False
+    """Have the L2 evict x and the residual last: for what is far larger than it."""
 
 
 def refusal(spec: NormSpec) -> str | None:
@@ -93,6 +95,7 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
             f"#define FX_EAGER {int(schedule.eager)}",
             f"#define FX_WEIGHT {schedule.weight}",
             f"#define FX_KEPT_BYTES {_KEPT_BYTES}",
+            f"#define FX_LAST {int(schedule.last)}",
             header("cuda_pairs.h"),
             header("cuda_lanes.h"),
             header("cuda_units.h"),

@@ -157,7 +157,7 @@ def test_every_schedule_is_legal(name, arch):
         if (units, hidden > gpu_rows.MOST_LANES) in seen:
             continue
         seen.add((units, hidden > gpu_rows.MOST_LANES))
-        for rows in cuda_schedule.changes(hidden):
+        for rows in cuda_schedule.changes(ALL[name], hidden):
             schedule = scheduled(name, hidden, rows, arch)
             threads, block = schedule.threads, schedule.threads * schedule.rows
             whole_warps = threads % 32 == 0
@@ -182,10 +182,35 @@ def test_every_schedule_is_legal(name, arch):
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("hidden", [64, 128, 1000, 2048, 2056, 5120, 8192, 16_384, 65_536])
 def test_all_schedules_are_built_before_a_launch(name, hidden):
-    changes = cuda_schedule.changes(hidden)
-    for rows in range(1, 5000):
-        last = max(change for change in changes if change <= rows)
-        assert scheduled(name, hidden, rows) == scheduled(name, hidden, last), rows
+    changes = cuda_schedule.changes(ALL[name], hidden)
+    around = {*changes, *(change - 1 for change in changes[1:]), changes[-1] + 1}
+    for rows in {*range(1, 5000), *around}:
+        begun = max(change for change in changes if change <= rows)
+        assert scheduled(name, hidden, rows) == scheduled(name, hidden, begun), rows
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "least"),
+    [("llama", 4, 128), ("nn_rms_norm", 4, 128), ("residual", 8, 64), ("llama_f32", 8, 64)],
+)
+def test_what_is_far_larger_than_the_l2_is_evicted_last(name, row, least):
+    rows = -(-least * 1_000_000 // (row * 4096))
+    assert not scheduled(name, 4096, rows - 1).last
+    assert scheduled(name, 4096, rows).last
+    assert not scheduled(name, 4096, rows, "sm_80").last
+    assert not scheduled(name, 4096, rows, "sm_100").last
+
+
+@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize("last", [False, True])
+def test_no_load_waits_for_what_another_brings(last, tmp_path):
+    # The policy of a load made in its condition parted units that not every thread has from the
+    # others, and 16,384 rows took 1.17 times as long.
+    spread = Schedule(192, 1, last=last)
+    text = cuda_source.source(ALL["nn_rms_norm"], 4096, spread)
+    code = dump("-sass", cuda_build._compile(text, "sm_90"), tmp_path)
+    before_any_use = re.split("SHFL|BSSY", code.partition("ACQBULK")[2])[0]
+    assert before_any_use.count("LDG.E.128") == 6  # three units and their weights
 
 
 def test_a_schedule_follows_from_spec_hidden_rows_and_capability():

@@ -40,7 +40,7 @@ def is_legal(units: int, schedule: Schedule) -> bool:
 
 
 def schedules(hidden: int) -> Iterator[Schedule]:
-    """All that are legal, with every time to load the weight."""
+    """All that are legal, with every time to load the weight, one of them evicting x last."""
     units = units_of(hidden)
     found = [
         Schedule(threads, max(1, block // threads))
@@ -54,7 +54,7 @@ def schedules(hidden: int) -> Iterator[Schedule]:
         ]
     for schedule, weight in itertools.product(dict.fromkeys(found), range(3)):
         if is_legal(units, schedule):
-            yield dataclasses.replace(schedule, weight=weight)
+            yield dataclasses.replace(schedule, weight=weight, last=weight == 1)
 
 
 def layouts(spec: NormSpec, hidden: int) -> Iterator[Inputs]:
