@@ -52,8 +52,8 @@ ALONE = ("eager", "fxpass_invariant")
 """Columns whose rows are also run alone; each compiles once more for it."""
 WORKS = (("decode", 1), ("prefill", 1), ("decode", 64), ("decode", 8), ("prefill", 8))
 TOKENS = {("prefill", 1): 4096, ("prefill", 8): 1024}
-PLACES, LONG_PLACES = 12, 4
-"""How often a graph is instantiated."""
+PLACES, LONG_PLACES = 12, 6
+"""How often a graph is instantiated: a multiple of the columns, see `balanced`."""
 FILL_SHARE = 0.45
 RESERVE_S = 6.0
 
