@@ -27,7 +27,7 @@ from tabulate import tabulate
 from fxpass.kernels import cuda_schedule, gpu_rows
 from fxpass.kernels.build_cache import BuildError
 from fxpass.kernels.cuda_call import RowKernel
-from fxpass.kernels.cuda_source import Schedule
+from fxpass.kernels.cuda_source import AT_ONCE, STORED, SUMMED, Schedule
 from fxpass.spec import NormSpec
 
 SHORTLIST = 6
@@ -61,8 +61,8 @@ def candidates(case: Case, clusters: bool) -> Iterator[Schedule]:
                 found.add(Schedule(segment // each, 1, blocks=blocks, segment=segment))
     large = case.moved >= LARGE
     for one in sorted(found, key=dataclasses.astuple):
-        for eager in (False,) if large else (False, True):
-            yield dataclasses.replace(one, eager=eager, weight=0 if large else 1)
+        for release in (SUMMED, STORED) if large else (AT_ONCE, SUMMED, STORED):
+            yield dataclasses.replace(one, release=release, weight=0 if large else 1)
 
 
 def refined(best: list[Schedule]) -> Iterator[Schedule]:
@@ -126,12 +126,15 @@ def sweep(case: Case, mode: str) -> list[dict[str, Any]]:
     ]
 
 
+_RELEASES = {AT_ONCE: "at once", SUMMED: "summed", STORED: "stored"}
+
+
 def _word(one: Schedule) -> str:
     """Threads of a row x rows of a block, or threads / segment x blocks of a row."""
     spread = f"{one.threads}x{one.rows}"
     if one.blocks > 1:
         spread = f"{one.threads}/{one.segment}x{one.blocks}"
-    return f"{spread} w{one.weight}{' eager' * one.eager}{' last' * one.last}"
+    return f"{spread} w{one.weight} {_RELEASES[one.release]}{' last' * one.last}"
 
 
 ROUNDINGS = {"cast": CAST_FIRST, "scale": SCALE_FIRST}

@@ -7,7 +7,8 @@
 // FX_ROWS               rows of a block
 // FX_BLOCKS             blocks of a row, a cluster of them (compute capability 9.0), or 1
 // FX_SEGMENT            units of 8 elements of a chunk that one of these blocks takes
-// FX_EAGER              whether the next kernel may be launched at once, not when the row is summed
+// FX_RELEASE            when the next kernel may be launched: 0 at once, 1 when the row is summed,
+//                       2 when it is stored
 // FX_WEIGHT             when it is loaded: 0 with x, 1 before threads add up, 2 after
 // FX_KEPT_BYTES         most of a row that a thread keeps in registers
 // FX_LAST               whether the L2 is to evict x and the residual last
@@ -182,7 +183,7 @@ FX_INLINE void run(const FxArgs& a) {
   asm volatile("griddepcontrol.wait;" ::: "memory");
   // Before the wait it would let the kernel after the next one in as well: blocks that only wait
   // then crowd the multiprocessors (64 rows of 8192: 2.7 us for 1.7).
-  if (FX_EAGER) asm volatile("griddepcontrol.launch_dependents;");
+  if (FX_RELEASE == 0) asm volatile("griddepcontrol.launch_dependents;");
 #endif
   Unit<Normed> held[BATCH][MINE];
   Weights w[BATCH][MINE];
@@ -252,7 +253,7 @@ FX_INLINE void run(const FxArgs& a) {
   if (WEIGHT == 1) load_weights(0);
   const float squares = row_sum(lane, t, row_of_block);
 #if __CUDA_ARCH__ >= 900
-  if (!FX_EAGER) asm volatile("griddepcontrol.launch_dependents;");
+  if (FX_RELEASE == 1) asm volatile("griddepcontrol.launch_dependents;");
 #endif
   if (!active) return;
   const float scale = S::row(squares, (float)FX_HIDDEN, (float)(1.0 / (double)FX_HIDDEN), a.eps);
@@ -270,6 +271,9 @@ FX_INLINE void run(const FxArgs& a) {
         row.write(place(first + c, m), held[c][m], w[c][m], scale);
       }
   }
+#if __CUDA_ARCH__ >= 900
+  if (FX_RELEASE == 2) asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 
 template <class S>

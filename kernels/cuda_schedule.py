@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from fxpass.kernels import cuda_source, cuda_tables, gpu_rows
-from fxpass.kernels.cuda_source import Schedule
+from fxpass.kernels.cuda_source import AT_ONCE, SUMMED, Schedule
 from fxpass.spec import NormSpec
 
 
@@ -19,17 +19,18 @@ def _spread(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int])
     units, kind = -(-hidden // gpu_rows.VECTOR), cuda_source.kind(spec)
     size = next((word for most, word in cuda_tables.SIZES if rows <= most), "many")
     long = hidden > gpu_rows.MOST_LANES
-    eager = rows <= cuda_tables.LONG_EAGER if long else size != "many"
+    alone = rows <= cuda_tables.LONG_AT_ONCE if long else size != "many"
+    release = AT_ONCE if alone else SUMMED
     if capability >= cuda_tables.CAPABILITY:
         for rows_up_to, blocks, found in _clusters(kind, units):
             if rows <= rows_up_to:
-                return Schedule(found.threads, 1, eager, blocks, found.segment, found.weight)
+                return Schedule(found.threads, 1, release, blocks, found.segment, found.weight)
     if long:
-        return Schedule(cuda_tables.LONG[kind], 1, eager, weight=2 if eager else 0)
+        return Schedule(cuda_tables.LONG[kind], 1, release, weight=2 if alone else 0)
     table = cuda_tables.WHOLE.get((size, kind)) or cuda_tables.WHOLE[size, "light"]
     whole = next(found for found in table if units <= found.up_to)
     threads = threads_of(units, whole.each)
-    return Schedule(threads, max(1, whole.block // threads), whole.eager, weight=whole.weight)
+    return Schedule(threads, max(1, whole.block // threads), whole.release, weight=whole.weight)
 
 
 def _rows_read_last(spec: NormSpec, hidden: int) -> int:
@@ -45,7 +46,7 @@ def changes(spec: NormSpec, hidden: int) -> list[int]:
     ends = {end for kind in cuda_tables.LONG for end, *_ in _clusters(kind, units)} - {
         cuda_tables.EVERY
     }
-    ends |= {most for most, _ in cuda_tables.SIZES} | {cuda_tables.LONG_EAGER}
+    ends |= {most for most, _ in cuda_tables.SIZES} | {cuda_tables.LONG_AT_ONCE}
     return sorted({1, _rows_read_last(spec, hidden)} | {end + 1 for end in ends})
 
 

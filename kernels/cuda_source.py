@@ -36,6 +36,9 @@ is bf16. Left to itself the compiler takes up to half as many more, and rows wai
 _MOST_BLOCKS = 32
 """Of a multiprocessor."""
 
+AT_ONCE, SUMMED, STORED = range(3)
+"""Points of a row's work."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -45,8 +48,9 @@ class Schedule:
     """Of a row in one block: a multiple of 32, or a power of two below."""
     rows: int
     """Of a block."""
-    eager: bool = False
-    """Let the next kernel be launched at once: for grids that leave multiprocessors free."""
+    release: int = SUMMED
+    """When the next kernel may be launched: AT_ONCE, for grids that leave multiprocessors free,
+    SUMMED or STORED."""
     blocks: int = 1
     """Of a row: a cluster, each block with a segment (compute capability 9.0; one row a block)."""
     segment: int = 0
@@ -92,7 +96,7 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
             f"#define FX_ROWS {schedule.rows}",
             f"#define FX_BLOCKS {schedule.blocks}",
             f"#define FX_SEGMENT {schedule.segment}",
-            f"#define FX_EAGER {int(schedule.eager)}",
+            f"#define FX_RELEASE {schedule.release}",
             f"#define FX_WEIGHT {schedule.weight}",
             f"#define FX_KEPT_BYTES {_KEPT_BYTES}",
             f"#define FX_LAST {int(schedule.last)}",

@@ -20,7 +20,7 @@ from fxpass.kernels import (
     gpu_rows,
 )
 from fxpass.kernels.build_cache import BuildError
-from fxpass.kernels.cuda_source import Schedule
+from fxpass.kernels.cuda_source import AT_ONCE, STORED, SUMMED, Schedule
 
 ALONE, SHARED, FEW, MANY = 1, 64, 512, 1 << 20
 """Numbers of rows, each with schedules of its own."""
@@ -199,6 +199,21 @@ def test_what_is_far_larger_than_the_l2_is_evicted_last(name, row, least):
     assert scheduled(name, 4096, rows).last
     assert not scheduled(name, 4096, rows, "sm_80").last
     assert not scheduled(name, 4096, rows, "sm_100").last
+
+
+@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize(
+    ("release", "wanted"),
+    [
+        (AT_ONCE, ["PREEXIT", "BAR.SYNC", "STG.E.128"]),
+        (SUMMED, ["BAR.SYNC", "PREEXIT", "STG.E.128"]),
+        (STORED, ["BAR.SYNC", "STG.E.128", "PREEXIT"]),
+    ],
+)
+def test_the_next_kernel_is_let_in_when_the_schedule_says(release, wanted, tmp_path):
+    text = cuda_source.source(ALL["llama"], 4096, Schedule(256, 1, release))
+    code = dump("-sass", cuda_build._compile(text, "sm_90"), tmp_path).partition("ACQBULK")[2]
+    assert sorted(wanted, key=code.index) == wanted
 
 
 @pytest.mark.usefixtures("nvrtc")

@@ -40,7 +40,7 @@ def is_legal(units: int, schedule: Schedule) -> bool:
 
 
 def schedules(hidden: int) -> Iterator[Schedule]:
-    """All that are legal, with every time to load the weight, one of them evicting x last."""
+    """All that are legal, with every time to load the weight and to let the next kernel in."""
     units = units_of(hidden)
     found = [
         Schedule(threads, max(1, block // threads))
@@ -48,13 +48,13 @@ def schedules(hidden: int) -> Iterator[Schedule]:
     ]
     if CAPABILITY >= (9, 0):
         found += [
-            Schedule(threads, 1, True, -(-units // segment), segment)
+            Schedule(threads, 1, blocks=-(-units // segment), segment=segment)
             for threads, segment in itertools.product(THREADS, SEGMENTS)
             if threads >= 32 and segment % threads == 0 and 2 <= -(-units // segment) <= 8
         ]
     for schedule, weight in itertools.product(dict.fromkeys(found), range(3)):
         if is_legal(units, schedule):
-            yield dataclasses.replace(schedule, weight=weight, last=weight == 1)
+            yield dataclasses.replace(schedule, weight=weight, last=weight == 1, release=weight)
 
 
 def layouts(spec: NormSpec, hidden: int) -> Iterator[Inputs]:
