@@ -70,9 +70,9 @@ def graph_times(replay: Callable[[], object], timed: int) -> list[float]:
 def balanced(names: list[str], turn: int) -> list[str]:
     """An order in which, over as many turns as there are names, each one follows every other.
 
-    Whatever follows the column that draws the least power finds the highest clock: a prefill that
-    always did took 24.0 ms, and 24.9 elsewhere. (Williams, Experimental designs balanced for the
-    estimation of residual effects of treatments, 1949. For an even number of names.)
+    What follows the column that draws the least power may find a higher clock. (Williams,
+    Experimental designs balanced for the estimation of residual effects of treatments, 1949. For
+    an even number of names.)
     """
     count = len(names)
     zigzag = [at // 2 if at % 2 == 0 else count - 1 - at // 2 for at in range(count)]
