@@ -35,9 +35,7 @@ def _spread(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int])
 
 def _rows_read_last(spec: NormSpec, hidden: int) -> int:
     """From how many rows on the L2 is to evict last what is read."""
-    moved = [spec.x, spec.residual, spec.out, spec.normed if "sum" in spec.outputs else None]
-    of_row = hidden * sum(dtype.itemsize for dtype in moved if dtype is not None)
-    return -(-cuda_tables.LAST_FROM[cuda_source.kind(spec)] // of_row)
+    return -(-cuda_tables.LAST_FROM[cuda_source.kind(spec)] // gpu_rows.moved(spec, hidden))
 
 
 def changes(spec: NormSpec, hidden: int) -> list[int]:

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fxpass.spec import NormSpec
+
 VECTOR = 8
 """Consecutive elements of one thread: 16 bytes of a 16-bit dtype."""
 MOST_LANES = 8192
@@ -34,6 +36,12 @@ REDUCTION = (
 def lanes(hidden: int) -> int:
     """Number of lanes of the reduction tree: a power of two in [8, 8192]."""
     return min(MOST_LANES, max(VECTOR, 1 << (hidden - 1).bit_length()))
+
+
+def moved(spec: NormSpec, hidden: int) -> int:
+    """Bytes of one row that have to be read and written."""
+    dtypes = [spec.x, spec.residual, spec.out, spec.normed if "sum" in spec.outputs else None]
+    return hidden * sum(dtype.itemsize for dtype in dtypes if dtype is not None)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,28 +42,42 @@ Several rows only where one row is no more than a warp reads: Triton lays warps 
 """
 _FEW_ROWS = 264
 """Twice the multiprocessors of an H200: below that a row is spread over more threads."""
+_LAST_FROM = 256_000_000
+"""Bytes that are moved, five times an H200's L2, from which on it is to evict last what is read."""
 
 
-def schedule(hidden: int, rows: int | None) -> tuple[int, int, bool]:
-    """(rows per program, warps, whether to cut the row) for `rows` rows (None: unknown)."""
+class Schedule(NamedTuple):
+    """How rows are spread over threads. Changes no bit."""
+
+    rows_per_program: int
+    warps: int
+    cut: bool = False
+    """Whether a row is read in `triton_tiles.pieces`."""
+    last: bool = False
+    """Whether caches are to evict what is read last."""
+
+
+def schedule(spec: NormSpec, hidden: int, rows: int | None) -> Schedule:
+    """The schedule for `rows` rows (None: unknown)."""
     many, few = _SCHEDULES[gpu_rows.lanes(hidden)]
     if rows is not None and rows <= _FEW_ROWS:
-        return (*few, False)  # each piece is one more exchange to wait for
+        return Schedule(*few)  # each piece is one more exchange to wait for
+    last = rows is not None and rows * gpu_rows.moved(spec, hidden) >= _LAST_FROM
     widths = triton_tiles.pieces(hidden)
     if len(widths) == 1 or hidden > gpu_rows.MOST_LANES:
-        return (*many, len(widths) > 1)
+        return Schedule(*many, len(widths) > 1, last)
     # 16 bytes of the last piece, up to 64 of the first: 1756 instructions of all warps at hidden
     # 5120, 2088 if spread over twice the warps, 2848 without pieces (PTX).
-    return 1, max(widths[0] // 1024, widths[-1] // 256), True
+    return Schedule(1, max(widths[0] // 1024, widths[-1] // 256), True, last)
 
 
 def inline(spec: NormSpec, hidden: int, rows: int | None) -> Inline:
     """The kernel for a compiler to launch, as ceil(rows / rows_per_program) programs."""
-    rows_per_program, warps, cut = schedule(hidden, rows)
+    found = schedule(spec, hidden, rows)
     return Inline(
-        kernel=_kernel(spec, hidden, rows_per_program, cut),
-        num_warps=warps,
-        rows_per_program=rows_per_program,
+        kernel=_kernel(spec, hidden, found),
+        num_warps=found.warps,
+        rows_per_program=found.rows_per_program,
         parameters=triton_source.parameters(spec),
     )
 
@@ -87,8 +101,8 @@ def bound(spec: NormSpec) -> Callable[..., Any]:
     """(x, residual, weight, bias, eps) -> a tensor, or a tuple if the spec has more outputs."""
 
     def choose(hidden: int, rows: int) -> Compiled:
-        rows_per_program, warps, cut = schedule(hidden, rows)
-        return Compiled(_kernel(spec, hidden, rows_per_program, cut), rows_per_program, warps)
+        found = schedule(spec, hidden, rows)
+        return Compiled(_kernel(spec, hidden, found), found.rows_per_program, found.warps)
 
     return RowCall(spec, choose)
 
@@ -110,8 +124,9 @@ _bound = cache(bound)
 
 
 @cache
-def _kernel(spec: NormSpec, hidden: int, rows_per_program: int, cut: bool) -> Any:
-    return triton_source.kernel(triton_source.source(spec, hidden, rows_per_program, cut))
+def _kernel(spec: NormSpec, hidden: int, found: Schedule) -> Any:
+    text = triton_source.source(spec, hidden, found.rows_per_program, found.cut, found.last)
+    return triton_source.kernel(text)
 
 
 def _no_triton() -> str | None:

@@ -60,9 +60,14 @@ def parameters(spec: NormSpec) -> tuple[str, ...]:
     return tuple(name for name, needed in present.items() if needed)
 
 
-def source(spec: NormSpec, hidden: int, rows_per_program: int, cut: bool) -> str:
-    """The Python text of the kernel, without imports. cut: in `triton_tiles.pieces`."""
-    return "\n".join(_Writer(spec, hidden, rows_per_program, cut).text()) + "\n"
+def source(
+    spec: NormSpec, hidden: int, rows_per_program: int, cut: bool, last: bool = False
+) -> str:
+    """The Python text of the kernel, without imports.
+
+    cut: in `triton_tiles.pieces`. last: caches are to evict x and the residual last.
+    """
+    return "\n".join(_Writer(spec, hidden, rows_per_program, cut, last).text()) + "\n"
 
 
 def kernel(text: str) -> Any:
@@ -79,10 +84,13 @@ def kernel(text: str) -> Any:
 class _Writer:
     """Writes one kernel. Tiles are (rows_per_program, width); row values (rows_per_program, 1)."""
 
-    def __init__(self, spec: NormSpec, hidden: int, rows_per_program: int, cut: bool) -> None:
+    def __init__(
+        self, spec: NormSpec, hidden: int, rows_per_program: int, cut: bool, last: bool
+    ) -> None:
         self.spec = spec
         self.hidden = hidden
         self.rows = rows_per_program
+        self.hints = dict.fromkeys(("x", "residual"), ", eviction_policy='evict_last'" * last)
         self.lanes = gpu_rows.lanes(hidden)
         self.widths = triton_tiles.pieces(hidden) if cut else (self.lanes,)
 
@@ -160,7 +168,7 @@ class _Writer:
         """Raw elements of a tile; absent ones are 0."""
         mask = self._mask(tile, rows)
         guard = f", mask={' & '.join(mask)}, other=0.0" if mask else ""
-        return f"tl.load({name} + {_place(tile)}{guard})"
+        return f"tl.load({name} + {_place(tile)}{guard}{self.hints.get(name, '')})"
 
     def _store(self, name: str, tile: Tile, value: str, dtype: torch.dtype) -> str:
         mask = self._mask(tile)

@@ -75,7 +75,7 @@ def test_every_spec_compiles(target):
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
 def test_every_schedule_compiles(target):
     for hidden in (1, 24, 256, 512, 1024, 5120, 8192, 12_288, 65_536):
-        for rows in (None, 1) if target == H200 else (None,):
+        for rows in (None, 1, 1 << 28) if target == H200 else (None,):
             assert_machine_code(compiled(NormSpec.parse(LLAMA), hidden, target, rows), target)
 
 
@@ -85,6 +85,20 @@ def test_reads_and_writes_16_bytes(hidden, rows):
     ptx = compiled(NormSpec.parse(LLAMA), hidden, rows=rows).asm["ptx"]
     accesses = re.findall(r"(?:ld|st)\.global\.\S+", ptx)
     assert {access[3:] for access in accesses} == {"global.v4.b32"}, accesses
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target[1]))
+def test_what_is_far_larger_than_the_l2_is_evicted_last(target):
+    spec, hidden = NormSpec.parse(SPECS["residual"]), 4096
+    least = -(-256_000_000 // (4 * 2 * hidden))  # x, residual, out and sum
+    for rows in (None, least - 1):
+        assert not triton_row.schedule(spec, hidden, rows).last
+    found = compiled(spec, hidden, target, least)
+    assert_machine_code(found, target)
+    if target[0] == "cuda":
+        loads = re.findall(r"ld\.global\S+", found.asm["ptx"])
+        # Not the weight, of which every row reads the same.
+        assert sum("evict_last" in load for load in loads) == 2 * len(loads) // 3
 
 
 @pytest.mark.parametrize("hidden", [128, 256, 512])

@@ -48,10 +48,10 @@ def assert_same(found, wanted):
 
 @pytest.fixture
 def schedule(monkeypatch):
-    def use(rows_per_program, cut=False):
+    def use(rows_per_program, cut=False, last=False):
         triton_row._bound.cache_clear()  # what was planned before
-        found = (rows_per_program, 4, cut)
-        monkeypatch.setattr(triton_row, "schedule", lambda hidden, rows: found)
+        found = triton_row.Schedule(rows_per_program, 4, cut, last)
+        monkeypatch.setattr(triton_row, "schedule", lambda spec, hidden, rows: found)
 
     yield use
     triton_row._bound.cache_clear()
@@ -87,7 +87,7 @@ def test_schedules_change_no_bit(name, schedule):
         given = inputs(spec, 5, hidden)
         wanted = expected(spec, given)
         for rows_per_program in (1, 2, 4, 8):
-            schedule(rows_per_program)
+            schedule(rows_per_program, last=rows_per_program == 2)
             assert_same(run(spec, given), wanted)
 
 
