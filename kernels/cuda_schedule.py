@@ -19,14 +19,14 @@ def _spread(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int])
     units, kind = -(-hidden // gpu_rows.VECTOR), cuda_source.kind(spec)
     size = next((word for most, word in cuda_tables.SIZES if rows <= most), "many")
     long = hidden > gpu_rows.MOST_LANES
-    alone = rows <= cuda_tables.LONG_AT_ONCE if long else size != "many"
-    release = AT_ONCE if alone else SUMMED
+    few = rows <= cuda_tables.LONG_AT_ONCE if long else size != "many"
+    release = AT_ONCE if few else SUMMED
     if capability >= cuda_tables.CAPABILITY:
         for rows_up_to, blocks, found in _clusters(kind, units):
             if rows <= rows_up_to:
                 return Schedule(found.threads, 1, release, blocks, found.segment, found.weight)
     if long:
-        return Schedule(cuda_tables.LONG[kind], 1, release, weight=2 if alone else 0)
+        return Schedule(cuda_tables.LONG[kind], 1, release, weight=2 if few else 0)
     table = cuda_tables.WHOLE.get((size, kind)) or cuda_tables.WHOLE[size, "light"]
     whole = next(found for found in table if units <= found.up_to)
     threads = threads_of(units, whole.each)

@@ -37,7 +37,7 @@ _MOST_BLOCKS = 32
 """Of a multiprocessor."""
 
 AT_ONCE, SUMMED, STORED = range(3)
-"""Points of a row's work."""
+"""Points of a row's work, at which the next kernel may be launched."""
 
 
 @dataclass(frozen=True)
