@@ -75,7 +75,7 @@ def inline(spec: NormSpec, hidden: int, rows: int | None) -> Inline:
     """The kernel for a compiler to launch, as ceil(rows / rows_per_program) programs."""
     found = schedule(spec, hidden, rows)
     return Inline(
-        kernel=_kernel(spec, hidden, found),
+        kernel=_kernel(spec, hidden, found.rows_per_program, found.cut, found.last),
         num_warps=found.warps,
         rows_per_program=found.rows_per_program,
         parameters=triton_source.parameters(spec),
@@ -101,8 +101,8 @@ def bound(spec: NormSpec) -> Callable[..., Any]:
     """(x, residual, weight, bias, eps) -> a tensor, or a tuple if the spec has more outputs."""
 
     def choose(hidden: int, rows: int) -> Compiled:
-        found = schedule(spec, hidden, rows)
-        return Compiled(_kernel(spec, hidden, found), found.rows_per_program, found.warps)
+        made = inline(spec, hidden, rows)
+        return Compiled(made.kernel, made.rows_per_program, made.num_warps)
 
     return RowCall(spec, choose)
 
@@ -124,9 +124,8 @@ _bound = cache(bound)
 
 
 @cache
-def _kernel(spec: NormSpec, hidden: int, found: Schedule) -> Any:
-    text = triton_source.source(spec, hidden, found.rows_per_program, found.cut, found.last)
-    return triton_source.kernel(text)
+def _kernel(spec: NormSpec, hidden: int, rows_per_program: int, cut: bool, last: bool) -> Any:
+    return triton_source.kernel(triton_source.source(spec, hidden, rows_per_program, cut, last))
 
 
 def _no_triton() -> str | None:

@@ -101,6 +101,13 @@ def test_what_is_far_larger_than_the_l2_is_evicted_last(target):
         assert sum("evict_last" in load for load in loads) == 2 * len(loads) // 3
 
 
+def test_schedules_with_one_text_share_a_kernel():
+    spec = NormSpec.parse(LLAMA)
+    few, many = (triton_row.inline(spec, 4096, rows) for rows in (1, 1000))
+    assert few.num_warps != many.num_warps
+    assert few.kernel is many.kernel
+
+
 @pytest.mark.parametrize("hidden", [128, 256, 512])
 def test_short_rows_need_no_shared_memory(hidden):
     assert "bar.sync" not in compiled(NormSpec.parse(LLAMA), hidden).asm["ptx"]
