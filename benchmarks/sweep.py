@@ -87,8 +87,11 @@ def built(spec: NormSpec, hidden: int, every: list[Schedule]) -> dict[Schedule, 
     return {one: bound(k) for (one, k), ok in zip(kernels.items(), kept, strict=True) if ok}
 
 
-def sweep(case: Case, mode: str) -> list[dict[str, Any]]:
-    """Rows of one point: stage 1 are all schedules, 2 the best and what they compete with."""
+def sweep(case: Case, mode: str, near: bool) -> list[dict[str, Any]]:
+    """Rows of one point: stage 1 are all schedules, 2 the best and what they compete with.
+
+    near: no stage 1; the schedule in use stands for the best, with every time of release.
+    """
     spec = NormSpec.parse(case.spec)
     capability = torch.cuda.get_device_capability()
     now = cuda_schedule.schedule(spec, case.hidden, case.normed_rows, capability)
@@ -101,12 +104,16 @@ def sweep(case: Case, mode: str) -> list[dict[str, Any]]:
             call(0)
         return medians({**calls, **more}, estimate, sets, "cuda", {})
 
-    spread = [
-        dataclasses.replace(one, last=now.last) for one in candidates(case, capability >= (9, 0))
-    ]
-    kernels = built(spec, case.hidden, [now, *spread])
-    first = timed(kernels, {})
-    best = sorted(first, key=first.__getitem__)[:SHORTLIST]
+    first: dict[Any, float] = {}
+    if near:
+        best = [dataclasses.replace(now, release=when) for when in _RELEASES]
+    else:
+        spread = [
+            dataclasses.replace(one, last=now.last)
+            for one in candidates(case, capability >= (9, 0))
+        ]
+        first = timed(built(spec, case.hidden, [now, *spread]), {})
+        best = sorted(first, key=first.__getitem__)[:SHORTLIST]
     columns: dict[Any, Norm] = built(spec, case.hidden, [now, *refined(best)])
     columns |= named(case)
     second = timed(columns, copies(case, sets, "cuda"))
@@ -156,6 +163,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, budget=120)
+    parser.add_argument(
+        "--near", action="store_true", help="vary only when weight and next kernel come"
+    )
     parser.add_argument("points", nargs="+", type=_point, help=_point.__doc__)
     args = parser.parse_args()
     budget = Budget(args.budget)
@@ -166,7 +176,7 @@ def main() -> int:
             if budget.left < 0:
                 recorder.about["cut"] = f"before {case} {mode}: {args.budget:.0f} s were over"
                 break
-            recorder.add(sweep(case, mode))
+            recorder.add(sweep(case, mode, args.near))
     recorder.save()
     shown = [row for row in recorder.rows if row["stage"] == 2]
     print(tabulate(shown, headers="keys"))
