@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,17 +24,20 @@ from gpu_peers import bound, copies
 from gpu_timing import Budget, Recorder, add_arguments, header, medians, warm_up
 from tabulate import tabulate
 
-from fxpass.kernels import cuda_schedule, gpu_rows
+from fxpass.kernels import cuda_schedule, cuda_source, cuda_tables, gpu_rows
 from fxpass.kernels.build_cache import BuildError
 from fxpass.kernels.cuda_call import RowKernel
 from fxpass.kernels.cuda_source import AT_ONCE, STORED, SUMMED, Schedule
 from fxpass.spec import NormSpec
 
-SHORTLIST = 6
+SHORTLIST = 4
+"""Spreads that are timed with all moments."""
 EACH = (1, 2, 3, 4, 5, 6, 7, 8)
 """Units of a thread."""
 ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32)
 """Of a block."""
+WIDE = 64
+"""Threads of a row from which on a block takes two at most."""
 SEGMENTS = (32, 64, 128, 256, 512)
 PER_BLOCK = (1, 2, 4)
 """Units of a thread of a cluster."""
@@ -52,23 +55,47 @@ def candidates(case: Case, clusters: bool) -> Iterator[Schedule]:
     for each in EACH:
         threads = cuda_schedule.threads_of(units, each)
         fill = max(1, 32 // threads)  # rows of a warp
-        most = min(max(fill, case.normed_rows), 1024 // threads)
+        most = min(max(fill, case.normed_rows), 1024 // threads, 2 if threads > WIDE else 1024)
         found |= {Schedule(threads, n * fill) for n in ROWS if n * fill <= most}
     if clusters and (case.hidden > lanes or case.rows <= MOST_CLUSTERED):
         for segment, each in itertools.product(SEGMENTS, PER_BLOCK):
             blocks = -(-units // segment)
             if segment // each >= 32 and 2 <= blocks <= 8:
                 found.add(Schedule(segment // each, 1, blocks=blocks, segment=segment))
-    large = case.moved >= LARGE
     for one in sorted(found, key=dataclasses.astuple):
-        for release in (SUMMED, STORED) if large else (AT_ONCE, SUMMED, STORED):
-            yield dataclasses.replace(one, release=release, weight=0 if large else 1)
+        weight = 0 if case.moved >= LARGE else 1
+        yield from moments(case, one, [weight], [SUMMED])
 
 
-def refined(best: list[Schedule]) -> Iterator[Schedule]:
-    """The best candidates with all times to load the weight."""
-    for one, weight in itertools.product(best, range(3)):
-        yield dataclasses.replace(one, weight=weight)
+def moments(
+    case: Case, spread: Schedule, weights: Sequence[int], releases: Sequence[int]
+) -> Iterator[Schedule]:
+    """When the weight is loaded and the next kernel let in; at once only where that may gain."""
+    spec = NormSpec.parse(case.spec)
+    blocks = -(-case.normed_rows // spread.rows) * spread.blocks
+    each = -(-blocks // cuda_tables.MULTIPROCESSORS)
+    for weight in weights:
+        one = dataclasses.replace(spread, weight=weight, tight=False)
+        for release in releases:
+            yield dataclasses.replace(one, release=release)
+        if case.moved >= LARGE:
+            continue
+        room = cuda_source.room(spec, case.hidden, one)
+        at_once = dataclasses.replace(one, release=AT_ONCE)
+        if 2 * each <= room or each >= room:
+            yield at_once
+        late = dataclasses.replace(at_once, tight=True, weight=weight if len(weights) > 1 else 2)
+        if room < 2 * each <= cuda_source.room(spec, case.hidden, late):
+            yield late
+
+
+def refined(case: Case, best: list[Schedule]) -> Iterator[Schedule]:
+    """The spreads of the best candidates, with all moments."""
+    spreads = {
+        dataclasses.replace(one, weight=0, release=SUMMED, tight=False): None for one in best
+    }
+    for spread in [*spreads][:SHORTLIST]:
+        yield from moments(case, spread, range(3), (SUMMED, STORED))
 
 
 def built(spec: NormSpec, hidden: int, every: list[Schedule]) -> dict[Schedule, Norm]:
@@ -106,15 +133,15 @@ def sweep(case: Case, mode: str, near: bool) -> list[dict[str, Any]]:
 
     first: dict[Any, float] = {}
     if near:
-        best = [dataclasses.replace(now, release=when) for when in _RELEASES]
+        best = [now]
     else:
         spread = [
             dataclasses.replace(one, last=now.last)
             for one in candidates(case, capability >= (9, 0))
         ]
         first = timed(built(spec, case.hidden, [now, *spread]), {})
-        best = sorted(first, key=first.__getitem__)[:SHORTLIST]
-    columns: dict[Any, Norm] = built(spec, case.hidden, [now, *refined(best)])
+        best = sorted(first, key=first.__getitem__)
+    columns: dict[Any, Norm] = built(spec, case.hidden, [now, *refined(case, best)])
     columns |= named(case)
     second = timed(columns, copies(case, sets, "cuda"))
     copy = min(us for name, us in second.items() if name not in columns)
@@ -141,7 +168,9 @@ def _word(one: Schedule) -> str:
     spread = f"{one.threads}x{one.rows}"
     if one.blocks > 1:
         spread = f"{one.threads}/{one.segment}x{one.blocks}"
-    return f"{spread} w{one.weight} {_RELEASES[one.release]}{' last' * one.last}"
+    return (
+        f"{spread} w{one.weight} {_RELEASES[one.release]}{' tight' * one.tight}{' last' * one.last}"
+    )
 
 
 ROUNDINGS = {"cast": CAST_FIRST, "scale": SCALE_FIRST}

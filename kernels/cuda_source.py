@@ -31,8 +31,24 @@ _REGISTERS = {
     "float": {1: 32, 2: 32, 3: 56, 4: 56, 8: 96},
     "heavy": {1: 32, 2: 40, 3: 64, 4: 64, 5: 56, 7: 128, 8: 128},
 }
-"""Of a thread, about, by the kind of spec and its units: what it can do with on sm_90 if everything
-is bf16. Left to itself the compiler takes up to half as many more, and rows wait for a place."""
+"""Of a thread, about, by the kind of spec and its units: what it does well with on sm_90 if
+everything is bf16. Left to itself the compiler takes up to half as many more, and rows wait for a
+place."""
+_ALL_TIMES = {1: 32, 2: 32, 3: 40, 4: 48, 5: 56, 6: 64, 7: 72, 8: 80}
+_LEAST = {
+    "light": (
+        {1: 32, 2: 40, 3: 48, 4: 64, 5: 72, 6: 96, 7: 96, 8: 128},
+        {1: 32, 2: 40, 3: 48, 4: 64, 5: 72, 6: 96, 7: 96, 8: 128},
+        _ALL_TIMES,
+    ),
+    "float": (_ALL_TIMES, _ALL_TIMES, _ALL_TIMES),
+    "heavy": (
+        {1: 32, 2: 40, 3: 56, 4: 72, 5: 96, 6: 128, 7: 128},
+        {1: 32, 2: 40, 3: 48, 4: 64, 5: 72, 6: 96, 7: 96, 8: 128},
+        {1: 32, 2: 32, 3: 40, 4: 48, 5: 64, 6: 64, 7: 80, 8: 80},
+    ),
+}
+"""The least that nothing is spilled with, by the time the weight is loaded."""
 _MOST_BLOCKS = 32
 """Of a multiprocessor."""
 
@@ -58,6 +74,8 @@ class Schedule:
     weight: int = 0
     """When a thread loads the weight: 0 with x, 1 before the threads of a row add up, 2 after.
     Of a row too long for the registers always after."""
+    tight: bool = False
+    """Have the compiler do with the least registers, for room on a multiprocessor."""
     last: bool = False
     """Have the L2 evict x and the residual last: for what is far larger than it."""
 
@@ -106,7 +124,7 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
             header("cuda_row.h"),
             *c_struct.struct(spec, _QUALIFIERS, _WORDS, flags, more),
             "#if __CUDA_ARCH__ == 900  // registers were counted there",
-            f"#define FX_BOUNDS __launch_bounds__({block}, {_blocks(spec, hidden, schedule)})",
+            f"#define FX_BOUNDS __launch_bounds__({block}, {room(spec, hidden, schedule)})",
             "#else",
             f"#define FX_BOUNDS __launch_bounds__({block})",
             "#endif",
@@ -120,12 +138,13 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
     )
 
 
-def _blocks(spec: NormSpec, hidden: int, schedule: Schedule) -> int:
-    """Of a multiprocessor at least, which limits the registers."""
+def room(spec: NormSpec, hidden: int, schedule: Schedule) -> int:
+    """Blocks a multiprocessor has room for at least, which limits the registers. 1: unknown."""
     lanes = gpu_rows.lanes(hidden)
     segment = schedule.segment if schedule.blocks > 1 else -(-min(hidden, lanes) // gpu_rows.VECTOR)
     units = -(-segment // schedule.threads) * -(-hidden // lanes)
-    registers = _REGISTERS[kind(spec)].get(units)
+    least = _LEAST[kind(spec)][schedule.weight]
+    registers = (least if schedule.tight else _REGISTERS[kind(spec)]).get(units)
     held = (spec.x, spec.residual, spec.weight, spec.bias, spec.normed, spec.out)
     if registers is None or not all(dtype is None or is_narrow(dtype) for dtype in held):
         return 1

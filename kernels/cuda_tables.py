@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from fxpass.kernels.cuda_source import AT_ONCE, SUMMED
 
+MULTIPROCESSORS = 132
+"""Of an H200."""
 SIZES = (
     (132, "alone"),
     (264, "pairs"),
