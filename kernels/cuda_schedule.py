@@ -59,10 +59,14 @@ def _rows_read_last(spec: NormSpec, hidden: int) -> int:
 def changes(spec: NormSpec, hidden: int) -> list[int]:
     """The numbers of rows at which another schedule may begin, on any device."""
     units = -(-hidden // gpu_rows.VECTOR)
-    ends = {end for kind in cuda_tables.LONG for end, *_ in _clusters(kind, units)} - {
-        cuda_tables.EVERY
-    }
+    clusters = _clusters(cuda_source.kind(spec), units)
+    ends = {end for end, _, _ in clusters} - {cuda_tables.EVERY}
     ends |= {most for most, _ in cuda_tables.SIZES} | {cuda_tables.LONG_AT_ONCE}
+    # Where `_with_room` counts a block more on a multiprocessor.
+    for most, blocks in [(cuda_tables.SIZES[-1][0], 1), *(found[:2] for found in clusters)]:
+        full = cuda_tables.MULTIPROCESSORS
+        least = min(most, cuda_tables.SIZES[-1][0]) * blocks
+        ends |= {count // blocks for count in range(full, least + 1, full)}
     return sorted({1, _rows_read_last(spec, hidden)} | {end + 1 for end in ends})
 
 
