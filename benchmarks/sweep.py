@@ -47,8 +47,11 @@ LARGE = 128_000_000
 """Bytes moved from which on the next kernel has no room to come in at once."""
 
 
-def candidates(case: Case, clusters: bool) -> Iterator[Schedule]:
-    """Ways to spread a row. Some are not legal: NVRTC refuses those."""
+def candidates(case: Case, clusters: bool, several: bool) -> Iterator[Schedule]:
+    """Ways to spread a row. Some are not legal: NVRTC refuses those.
+
+    clusters: also over several blocks. several: also blocks of several rows.
+    """
     lanes = gpu_rows.lanes(case.hidden)
     units = -(-min(case.hidden, lanes) // gpu_rows.VECTOR)
     found = set()
@@ -56,6 +59,7 @@ def candidates(case: Case, clusters: bool) -> Iterator[Schedule]:
         threads = cuda_schedule.threads_of(units, each)
         fill = max(1, 32 // threads)  # rows of a warp
         most = min(max(fill, case.normed_rows), 1024 // threads, 2 if threads > WIDE else 1024)
+        most = most if several else fill
         found |= {Schedule(threads, n * fill) for n in ROWS if n * fill <= most}
     if clusters and (case.hidden > lanes or case.rows <= MOST_CLUSTERED):
         for segment, each in itertools.product(SEGMENTS, PER_BLOCK):
@@ -84,9 +88,13 @@ def moments(
         at_once = dataclasses.replace(one, release=AT_ONCE)
         if 2 * each <= room or each >= room:
             yield at_once
-        late = dataclasses.replace(at_once, tight=True, weight=weight if len(weights) > 1 else 2)
-        if room < 2 * each <= cuda_source.room(spec, case.hidden, late):
-            yield late
+        late = dataclasses.replace(one, tight=True, weight=weight if len(weights) > 1 else 2)
+        tight = cuda_source.room(spec, case.hidden, late)
+        if room < each <= tight:
+            for release in releases:
+                yield dataclasses.replace(late, release=release)
+        if room < 2 * each <= tight:
+            yield dataclasses.replace(late, release=AT_ONCE)
 
 
 def refined(case: Case, best: list[Schedule]) -> Iterator[Schedule]:
@@ -114,10 +122,10 @@ def built(spec: NormSpec, hidden: int, every: list[Schedule]) -> dict[Schedule, 
     return {one: bound(k) for (one, k), ok in zip(kernels.items(), kept, strict=True) if ok}
 
 
-def sweep(case: Case, mode: str, near: bool) -> list[dict[str, Any]]:
+def sweep(case: Case, mode: str, spreads: str) -> list[dict[str, Any]]:
     """Rows of one point: stage 1 are all schedules, 2 the best and what they compete with.
 
-    near: no stage 1; the schedule in use stands for the best, with every time of release.
+    spreads: of SPREADS.
     """
     spec = NormSpec.parse(case.spec)
     capability = torch.cuda.get_device_capability()
@@ -137,12 +145,13 @@ def sweep(case: Case, mode: str, near: bool) -> list[dict[str, Any]]:
         return medians({**calls, **more}, estimate, sets, "cuda", {})
 
     first: dict[Any, float] = {}
-    if near:
+    if spreads == "used":
         best = [now]
     else:
+        every = spreads == "all"
         spread = [
             dataclasses.replace(one, last=now.last)
-            for one in candidates(case, capability >= (9, 0))
+            for one in candidates(case, every and capability >= (9, 0), every)
         ]
         first = timed(built(spec, case.hidden, [now, *spread]), {})
         best = sorted(first, key=first.__getitem__)
@@ -178,6 +187,8 @@ def _word(one: Schedule) -> str:
     )
 
 
+SPREADS = ("all", "whole", "used")
+SPREADS_HELP = "all; of one block for a row; or only the one in use, with other moments"
 ROUNDINGS = {"cast": CAST_FIRST, "scale": SCALE_FIRST}
 
 
@@ -197,9 +208,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, budget=120)
-    parser.add_argument(
-        "--near", action="store_true", help="vary only when weight and next kernel come"
-    )
+    parser.add_argument("--spreads", choices=SPREADS, default="all", help=SPREADS_HELP)
     parser.add_argument("points", nargs="+", type=_point, help=_point.__doc__)
     args = parser.parse_args()
     budget = Budget(args.budget)
@@ -210,7 +219,7 @@ def main() -> int:
             if budget.left < 0:
                 recorder.about["cut"] = f"before {case} {mode}: {args.budget:.0f} s were over"
                 break
-            recorder.add(sweep(case, mode, args.near))
+            recorder.add(sweep(case, mode, args.spreads))
     recorder.save()
     shown = [row for row in recorder.rows if row["stage"] == 2]
     print(tabulate(shown, headers="keys"))

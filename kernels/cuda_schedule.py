@@ -25,13 +25,20 @@ def _spread(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int])
     if capability >= cuda_tables.CAPABILITY:
         for rows_up_to, blocks, found in _clusters(kind, units):
             if rows <= rows_up_to:
-                return Schedule(found.threads, 1, release, blocks, found.segment, found.weight)
+                spread = (found.threads, 1, release, blocks, found.segment)
+                return Schedule(*spread, found.weight, found.tight)
     if long:
         return Schedule(cuda_tables.LONG[kind], 1, release, weight=2 if few else 0)
     table = cuda_tables.WHOLE.get((size, kind)) or cuda_tables.WHOLE[size, "light"]
     whole = next(found for found in table if units <= found.up_to)
     threads = threads_of(units, whole.each)
-    return Schedule(threads, max(1, whole.block // threads), whole.release, weight=whole.weight)
+    return Schedule(
+        threads,
+        max(1, whole.block // threads),
+        whole.release,
+        weight=whole.weight,
+        tight=whole.tight,
+    )
 
 
 def _with_room(spec: NormSpec, hidden: int, rows: int, found: Schedule) -> Schedule:

@@ -38,6 +38,7 @@ class Whole(NamedTuple):
     """Threads of a block that takes several rows."""
     weight: int
     release: int = SUMMED
+    tight: bool = False
 
 
 WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
@@ -74,7 +75,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(640, 1, 128, 1, AT_ONCE),
         Whole(768, 2, 128, 1),
         Whole(896, 4, 128, 0),
-        Whole(1024, 4, 128, 1),
+        Whole(1024, 4, 128, 1, STORED),
     ),
     ("threes", "float"): (
         Whole(64, 1, 128, 0, AT_ONCE),
@@ -91,7 +92,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(512, 2, 128, 1, AT_ONCE),
         Whole(640, 1, 128, 1, AT_ONCE),
         Whole(896, 2, 128, 1, AT_ONCE),
-        Whole(1024, 4, 128, 2, AT_ONCE),
+        Whole(1024, 4, 128, 1),
     ),
     ("fours", "light"): (
         Whole(64, 1, 128, 0, AT_ONCE),
@@ -134,8 +135,9 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(256, 1, 512, 1),
         Whole(320, 2, 128, 0, AT_ONCE),
         Whole(384, 3, 128, 0),
-        Whole(512, 4, 128, 0),
-        Whole(640, 3, 128, 0),
+        Whole(448, 2, 128, 1),
+        Whole(512, 4, 128, 2),
+        Whole(640, 4, 128, 2, SUMMED, True),
         Whole(1024, 4, 128, 0),
     ),
     ("sixes", "heavy"): (
@@ -176,11 +178,11 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(32, 1, 512, 0, AT_ONCE),
         Whole(48, 2, 128, 0, AT_ONCE),
         Whole(64, 2, 512, 0, AT_ONCE),
-        Whole(96, 3, 128, 1, AT_ONCE),
+        Whole(96, 3, 128, 0, STORED),
         Whole(128, 1, 256, 2, AT_ONCE),
         Whole(192, 2, 192, 0, AT_ONCE),
         Whole(256, 2, 128, 0, AT_ONCE),
-        Whole(448, 4, 128, 0, AT_ONCE),
+        Whole(448, 4, 128, 0),
         Whole(512, 2, 128, 0, AT_ONCE),
         Whole(1024, 4, 128, 0, AT_ONCE),
     ),
@@ -192,7 +194,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(128, 1, 256, 1, AT_ONCE),
         Whole(192, 2, 192, 0, AT_ONCE),
         Whole(384, 2, 128, 0, AT_ONCE),
-        Whole(448, 4, 128, 0, AT_ONCE),
+        Whole(448, 4, 128, 0),
         Whole(512, 2, 128, 0, AT_ONCE),
         Whole(640, 4, 128, 0, AT_ONCE),
         Whole(768, 2, 128, 0, AT_ONCE),
@@ -202,7 +204,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
     ("some", "heavy"): (
         Whole(32, 1, 256, 0, AT_ONCE),
         Whole(48, 3, 128, 0, AT_ONCE),
-        Whole(64, 2, 512, 0, AT_ONCE),
+        Whole(64, 2, 512, 2, AT_ONCE),
         Whole(96, 3, 128, 1, AT_ONCE),
         Whole(128, 4, 512, 1, AT_ONCE),
         Whole(192, 2, 128, 2, AT_ONCE),
@@ -215,7 +217,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(8, 1, 256, 0),
         Whole(32, 2, 512, 0),
         Whole(48, 3, 128, 0),
-        Whole(64, 4, 512, 0),
+        Whole(64, 2, 160, 0, STORED),
         Whole(96, 3, 128, 0),
         Whole(256, 2, 256, 0),
         Whole(448, 4, 128, 0),
@@ -275,6 +277,7 @@ class Cluster(NamedTuple):
     above: int = 0
     up_to: int = 1024
     """Units of the rows that gain: more than, and at most."""
+    tight: bool = False
 
 
 EVERY = 1 << 31
@@ -301,11 +304,10 @@ _LONG_PLAIN = (
     Cluster(33, 128, 128, 0),
     Cluster(132, 256, 128, 1),
     Cluster(1024, 256, 128, 0),
-    Cluster(4096, 512, 512, 0),
 )
 LONG_CLUSTERS: dict[str, tuple[Cluster, ...]] = {
-    "light": _LONG_PLAIN,
-    "float": (*_LONG_PLAIN, Cluster(EVERY, 512, 128, 0)),
+    "light": (*_LONG_PLAIN, Cluster(4096, 512, 512, 2, tight=True)),
+    "float": (*_LONG_PLAIN, Cluster(4096, 512, 512, 0), Cluster(EVERY, 512, 128, 0)),
     "heavy": (
         Cluster(33, 128, 128, 1),
         Cluster(132, 512, 512, 1),
