@@ -30,7 +30,7 @@ from fxpass.kernels.cuda_call import RowKernel
 from fxpass.kernels.cuda_source import AT_ONCE, STORED, SUMMED, Schedule
 from fxpass.spec import NormSpec
 
-SHORTLIST = 4
+SHORTLIST = 3
 """Spreads that are timed with all moments."""
 EACH = (1, 2, 3, 4, 5, 6, 7, 8)
 """Units of a thread."""
@@ -43,6 +43,8 @@ PER_BLOCK = (1, 2, 4)
 """Units of a thread of a cluster."""
 MOST_CLUSTERED = 4096
 """Rows of one chunk from which on clusters are not tried."""
+LEAST, MOST = 32, 160
+"""Registers of a thread."""
 LARGE = 128_000_000
 """Bytes moved from which on the next kernel has no room to come in at once."""
 
@@ -74,33 +76,32 @@ def candidates(case: Case, clusters: bool, several: bool) -> Iterator[Schedule]:
 def moments(
     case: Case, spread: Schedule, weights: Sequence[int], releases: Sequence[int]
 ) -> Iterator[Schedule]:
-    """When the weight is loaded and the next kernel let in; at once only where that may gain."""
+    """When the weight is loaded and the next kernel let in; at once only where that may gain.
+
+    With registers for the room that the kernel has by itself, and for one wave of blocks.
+    """
     spec = NormSpec.parse(case.spec)
     blocks = -(-case.normed_rows // spread.rows) * spread.blocks
     each = -(-blocks // cuda_tables.MULTIPROCESSORS)
-    for weight in weights:
-        one = dataclasses.replace(spread, weight=weight, tight=False)
-        for release in releases:
-            yield dataclasses.replace(one, release=release)
-        if case.moved >= LARGE:
-            continue
-        room = cuda_source.room(spec, case.hidden, one)
-        at_once = dataclasses.replace(one, release=AT_ONCE)
-        if 2 * each <= room or each >= room:
-            yield at_once
-        late = dataclasses.replace(one, tight=True, weight=weight if len(weights) > 1 else 2)
-        tight = cuda_source.room(spec, case.hidden, late)
-        if room < each <= tight:
-            for release in releases:
-                yield dataclasses.replace(late, release=release)
-        if room < 2 * each <= tight:
-            yield dataclasses.replace(late, release=AT_ONCE)
+    warps = -(-spread.threads * spread.rows // 32)
+    rooms = {0: cuda_source.room(spec, case.hidden, dataclasses.replace(spread, registers=0))}
+    for wanted in (each, 2 * each) if case.moved < LARGE else ():
+        registers = 16_384 // 32 // -(-wanted * warps // 4) // 8 * 8
+        with_them = dataclasses.replace(spread, registers=registers)
+        if LEAST <= registers <= MOST and wanted not in rooms.values():
+            rooms[registers] = cuda_source.room(spec, case.hidden, with_them)
+    for weight, (registers, room) in itertools.product(weights, rooms.items()):
+        one = dataclasses.replace(spread, weight=weight, registers=registers)
+        if not registers or rooms[0] < each <= room:
+            yield from (dataclasses.replace(one, release=release) for release in releases)
+        if case.moved < LARGE and (2 * each <= room or each >= room):
+            yield dataclasses.replace(one, release=AT_ONCE)
 
 
 def refined(case: Case, best: list[Schedule]) -> Iterator[Schedule]:
     """The spreads of the best candidates, with all moments."""
     spreads = {
-        dataclasses.replace(one, weight=0, release=SUMMED, tight=False): None for one in best
+        dataclasses.replace(one, weight=0, release=SUMMED, registers=0): None for one in best
     }
     for spread in [*spreads][:SHORTLIST]:
         yield from moments(case, spread, range(3), (SUMMED, STORED))
@@ -182,9 +183,8 @@ def _word(one: Schedule) -> str:
     spread = f"{one.threads}x{one.rows}"
     if one.blocks > 1:
         spread = f"{one.threads}/{one.segment}x{one.blocks}"
-    return (
-        f"{spread} w{one.weight} {_RELEASES[one.release]}{' tight' * one.tight}{' last' * one.last}"
-    )
+    more = f" r{one.registers}" * (one.registers > 0) + " last" * one.last
+    return f"{spread} w{one.weight} {_RELEASES[one.release]}{more}"
 
 
 SPREADS = ("all", "whole", "used")

@@ -26,7 +26,7 @@ def _spread(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int])
         for rows_up_to, blocks, found in _clusters(kind, units):
             if rows <= rows_up_to:
                 spread = (found.threads, 1, release, blocks, found.segment)
-                return Schedule(*spread, found.weight, found.tight)
+                return Schedule(*spread, found.weight, found.registers)
     if long:
         return Schedule(cuda_tables.LONG[kind], 1, release, weight=2 if few else 0)
     table = cuda_tables.WHOLE.get((size, kind)) or cuda_tables.WHOLE[size, "light"]
@@ -37,7 +37,7 @@ def _spread(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int])
         max(1, whole.block // threads),
         whole.release,
         weight=whole.weight,
-        tight=whole.tight,
+        registers=whole.registers,
     )
 
 
@@ -51,11 +51,9 @@ def _with_room(spec: NormSpec, hidden: int, rows: int, found: Schedule) -> Sched
         return found
     blocks = -(-rows // found.rows) * found.blocks
     each = -(-blocks // cuda_tables.MULTIPROCESSORS)
-    for one in (found, dataclasses.replace(found, tight=True)):
-        room = cuda_source.room(spec, hidden, one)
-        if each >= room or 2 * each <= room:
-            return one
-    return dataclasses.replace(found, release=SUMMED)
+    room = cuda_source.room(spec, hidden, found)
+    even = each >= room or 2 * each <= room
+    return found if even else dataclasses.replace(found, release=SUMMED)
 
 
 def _rows_read_last(spec: NormSpec, hidden: int) -> int:

@@ -34,21 +34,6 @@ _REGISTERS = {
 """Of a thread, about, by the kind of spec and its units: what it does well with on sm_90 if
 everything is bf16. Left to itself the compiler takes up to half as many more, and rows wait for a
 place."""
-_ALL_TIMES = {1: 32, 2: 32, 3: 40, 4: 48, 5: 56, 6: 64, 7: 72, 8: 80}
-_LEAST = {
-    "light": (
-        {1: 32, 2: 40, 3: 48, 4: 64, 5: 72, 6: 96, 7: 96, 8: 128},
-        {1: 32, 2: 40, 3: 48, 4: 64, 5: 72, 6: 96, 7: 96, 8: 128},
-        _ALL_TIMES,
-    ),
-    "float": (_ALL_TIMES, _ALL_TIMES, _ALL_TIMES),
-    "heavy": (
-        {1: 32, 2: 40, 3: 56, 4: 72, 5: 96, 6: 128, 7: 128},
-        {1: 32, 2: 40, 3: 48, 4: 64, 5: 72, 6: 96, 7: 96, 8: 128},
-        {1: 32, 2: 32, 3: 40, 4: 48, 5: 64, 6: 64, 7: 80, 8: 80},
-    ),
-}
-"""The least that nothing is spilled with, by the time the weight is loaded."""
 _MOST_BLOCKS = 32
 """Of a multiprocessor."""
 
@@ -74,8 +59,9 @@ class Schedule:
     weight: int = 0
     """When a thread loads the weight: 0 with x, 1 before the threads of a row add up, 2 after.
     Of a row too long for the registers always after."""
-    tight: bool = False
-    """Have the compiler do with the least registers, for room on a multiprocessor."""
+    registers: int = 0
+    """Of a thread at most, a multiple of 8: blocks that a multiprocessor has room for follow from
+    it. 0: `_REGISTERS` has them."""
     last: bool = False
     """Have the L2 evict x and the residual last: for what is far larger than it."""
 
@@ -143,8 +129,7 @@ def room(spec: NormSpec, hidden: int, schedule: Schedule) -> int:
     lanes = gpu_rows.lanes(hidden)
     segment = schedule.segment if schedule.blocks > 1 else -(-min(hidden, lanes) // gpu_rows.VECTOR)
     units = -(-segment // schedule.threads) * -(-hidden // lanes)
-    least = _LEAST[kind(spec)][schedule.weight]
-    registers = (least if schedule.tight else _REGISTERS[kind(spec)]).get(units)
+    registers = schedule.registers or _REGISTERS[kind(spec)].get(units)
     held = (spec.x, spec.residual, spec.weight, spec.bias, spec.normed, spec.out)
     if registers is None or not all(dtype is None or is_narrow(dtype) for dtype in held):
         return 1

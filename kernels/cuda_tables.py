@@ -38,7 +38,7 @@ class Whole(NamedTuple):
     """Threads of a block that takes several rows."""
     weight: int
     release: int = SUMMED
-    tight: bool = False
+    registers: int = 0
 
 
 WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
@@ -102,7 +102,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(256, 1, 128, 2, AT_ONCE),
         Whole(320, 2, 128, 0, AT_ONCE),
         Whole(512, 1, 128, 2),
-        Whole(640, 2, 128, 0),
+        Whole(640, 2, 128, 1, AT_ONCE),
         Whole(768, 2, 128, 0),
         Whole(896, 4, 128, 0),
         Whole(1024, 4, 128, 2),
@@ -125,7 +125,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(512, 1, 128, 1, AT_ONCE),
         Whole(640, 5, 128, 2, AT_ONCE),
         Whole(768, 2, 128, 2, AT_ONCE),
-        Whole(896, 4, 128, 2, STORED),
+        Whole(896, 7, 128, 1),
         Whole(1024, 8, 128, 1),
     ),
     ("sixes", "light"): (
@@ -137,7 +137,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(384, 3, 128, 0),
         Whole(448, 2, 128, 1),
         Whole(512, 4, 128, 2),
-        Whole(640, 4, 128, 2, SUMMED, True),
+        Whole(640, 4, 128, 0),
         Whole(1024, 4, 128, 0),
     ),
     ("sixes", "heavy"): (
@@ -146,7 +146,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(256, 2, 128, 1, AT_ONCE),
         Whole(384, 3, 128, 1),
         Whole(512, 4, 256, 0),
-        Whole(640, 2, 128, 2),
+        Whole(640, 2, 128, 2, STORED, 32),
         Whole(768, 5, 128, 0),
         Whole(896, 2, 128, 2),
         Whole(1024, 1, 128, 0, AT_ONCE),
@@ -156,7 +156,8 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(96, 3, 128, 1, AT_ONCE),
         Whole(256, 1, 256, 1, AT_ONCE),
         Whole(320, 3, 256, 0, AT_ONCE),
-        Whole(384, 2, 128, 0, AT_ONCE),
+        Whole(384, 3, 128, 0),
+        Whole(448, 3, 128, 2, STORED, 40),
         Whole(512, 4, 128, 0),
         Whole(640, 3, 128, 2),
         Whole(768, 4, 128, 1),
@@ -166,7 +167,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
     ("several", "heavy"): (
         Whole(64, 1, 128, 0, AT_ONCE),
         Whole(128, 1, 256, 1, AT_ONCE),
-        Whole(256, 2, 128, 2, AT_ONCE),
+        Whole(256, 2, 128, 2, AT_ONCE, 32),
         Whole(384, 3, 128, 1),
         Whole(512, 4, 256, 0),
         Whole(640, 2, 128, 2),
@@ -204,11 +205,11 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
     ("some", "heavy"): (
         Whole(32, 1, 256, 0, AT_ONCE),
         Whole(48, 3, 128, 0, AT_ONCE),
-        Whole(64, 2, 512, 2, AT_ONCE),
+        Whole(64, 2, 512, 2, AT_ONCE, 32),
         Whole(96, 3, 128, 1, AT_ONCE),
         Whole(128, 4, 512, 1, AT_ONCE),
         Whole(192, 2, 128, 2, AT_ONCE),
-        Whole(256, 4, 64, 1),
+        Whole(256, 1, 128, 1, AT_ONCE),
         Whole(448, 2, 128, 0, AT_ONCE),
         Whole(512, 1, 128, 0, AT_ONCE),
         Whole(1024, 2, 128, 0, AT_ONCE),
@@ -277,7 +278,7 @@ class Cluster(NamedTuple):
     above: int = 0
     up_to: int = 1024
     """Units of the rows that gain: more than, and at most."""
-    tight: bool = False
+    registers: int = 0
 
 
 EVERY = 1 << 31
@@ -306,7 +307,7 @@ _LONG_PLAIN = (
     Cluster(1024, 256, 128, 0),
 )
 LONG_CLUSTERS: dict[str, tuple[Cluster, ...]] = {
-    "light": (*_LONG_PLAIN, Cluster(4096, 512, 512, 2, tight=True)),
+    "light": (*_LONG_PLAIN, Cluster(4096, 512, 512, 2, registers=32)),
     "float": (*_LONG_PLAIN, Cluster(4096, 512, 512, 0), Cluster(EVERY, 512, 128, 0)),
     "heavy": (
         Cluster(33, 128, 128, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import os
@@ -96,6 +97,24 @@ def test_nothing_is_spilled(cubins, name, arch, tmp_path):
 
 
 @pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize("name", MAIN)
+def test_registers_that_a_schedule_names_suffice(name, tmp_path):
+    spec = ALL[name]
+    named = {
+        (hidden, dataclasses.replace(scheduled(name, hidden, rows), last=False))
+        for hidden in (512, 2048, 3584, 5120, 16_384)
+        for rows in cuda_schedule.changes(spec, hidden)
+        if scheduled(name, hidden, rows).registers
+    }
+    assert named
+    for hidden, schedule in named:
+        cubin = cuda_build._compile(cuda_source.source(spec, hidden, schedule), "sm_90")
+        text = dump("--dump-resource-usage", cubin, tmp_path)
+        assert re.search(r"STACK:(\d+) .*LOCAL:(\d+)", text).groups() == ("0", "0"), schedule
+        assert int(re.search(r"REG:(\d+)", text)[1]) <= schedule.registers, schedule
+
+
+@pytest.mark.usefixtures("nvrtc")
 def test_nothing_is_contracted(monkeypatch, tmp_path):
     source = 'extern "C" __global__ void k(float* p) { p[0] = p[1] * p[2] + p[3]; }'
     text = dump("-sass", cuda_build._compile(source, "sm_90"), tmp_path)
@@ -187,6 +206,24 @@ def test_all_schedules_are_built_before_a_launch(name, hidden):
     for rows in {*range(1, 5000), *around}:
         begun = max(change for change in changes if change <= rows)
         assert scheduled(name, hidden, rows) == scheduled(name, hidden, begun), rows
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("hidden", [512, 2048, 3072, 6144, 8192, 16_384])
+def test_the_next_kernel_comes_in_at_once_only_where_its_blocks_spread_evenly(name, hidden):
+    for rows in range(1, 5000):
+        schedule = scheduled(name, hidden, rows)
+        if schedule.release == AT_ONCE:
+            blocks = -(-rows // schedule.rows) * schedule.blocks
+            each = -(-blocks // 132)
+            room = cuda_source.room(ALL[name], hidden, schedule)
+            assert each >= room or 2 * each <= room, rows
+
+
+def test_rows_that_leave_room_for_half_a_grid_wait_for_the_sum():
+    # 384 threads of 32 registers: five blocks to a multiprocessor, three of them rows.
+    assert scheduled("nn_rms_norm", 6144, 384).release == SUMMED  # at once: 1.4 times as long
+    assert scheduled("residual", 2048, 512).release == AT_ONCE  # summed: 1.2 times as long
 
 
 @pytest.mark.parametrize(
