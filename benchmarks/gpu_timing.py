@@ -109,7 +109,7 @@ def medians(
     """Microseconds of one call of each column: medians of replays, measured in turns.
 
     Of short calls the best of ROUNDS such medians, each of a graph instantiated anew: gaps between
-    kernels are then a good part of the time, and differ (`best_placed`). A column that no graph can
+    kernels are then a good part of the time, and differ (`placed`). A column that no graph can
     hold is left out, and `failed` says why.
     """
     if device == "cpu":

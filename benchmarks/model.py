@@ -1,12 +1,12 @@
 """Whole models on a GPU: milliseconds of a decode step and of a prefill, and whether tokens agree.
 
-    python benchmarks/model.py --out build/bench           # about 220 s on an H200
+    python benchmarks/model.py --out build/bench           # about 330 s on an H200
     python benchmarks/model.py --device cpu --tiny         # does the script run? not a benchmark
 
 Llama-3-8B and Qwen3-8B shapes with fewer layers and random bf16 weights (`gpu_model.py`). graph_ms
-is the replay of a CUDA graph of one call, the best of several instantiations (`best_placed`),
-call_ms one of many calls in a row without a graph, host_us the Python side of one call while the
-GPU is idle.
+is the replay of a CUDA graph of one call, of several instantiations the best for decode and the
+middle one for prefill (`placed`), call_ms one of many calls in a row without a graph, host_us the
+Python side of one call while the GPU is idle.
 Agreement is over 64 greedy steps from an empty cache: `agree` and `bits`, equal argmax and
 bit-equal logits when fed eager's tokens; `first`, the earliest step at which a sequence that runs
 freely leaves eager's. `alone`: share of a row's logits whose bits are those of the row run by
@@ -16,6 +16,7 @@ itself.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 import traceback
@@ -26,7 +27,7 @@ from typing import Any
 import gpu_fill
 import torch
 from gpu_agreement import Agreement
-from gpu_graphs import best_placed, captured
+from gpu_graphs import captured, placed
 from gpu_model import Model, Shape, build, shapes
 from gpu_timing import Budget, Recorder, add_arguments, call_times, header, warm_up
 from tabulate import tabulate
@@ -52,7 +53,7 @@ ALONE = ("eager", "fxpass_invariant")
 """Columns whose rows are also run alone; each compiles once more for it."""
 WORKS = (("decode", 1), ("prefill", 1), ("decode", 64), ("decode", 8), ("prefill", 8))
 TOKENS = {("prefill", 1): 4096, ("prefill", 8): 1024}
-PLACES, LONG_PLACES = 12, 6
+PLACES = 12
 """How often a graph is instantiated: a multiple of the columns, see `balanced`."""
 FILL_SHARE = 0.45
 RESERVE_S = 6.0
@@ -199,14 +200,14 @@ def measured(
             traceback.print_exc()
             failed = about.setdefault("failed", {})
             failed[f"{work.label} {column}"] = f"{type(error).__name__}: {str(error)[:300]}"
-    short = work.phase == "decode"
+    turns, chosen = (8, min) if work.phase == "decode" else (2, statistics.median)
     try:
-        best = best_placed(graphs.by_column, PLACES if short else LONG_PLACES, 8 if short else 2)
+        found = placed(graphs.by_column, PLACES, turns, chosen)
     except RuntimeError as error:
         about.setdefault("failed", {})[f"{work.label} graphs"] = str(error)[:300]
         return rows
     for row in rows:
-        row["graph_ms"] = round(best[row["column"]], 4) if row["column"] in best else None
+        row["graph_ms"] = round(found[row["column"]], 4) if row["column"] in found else None
     return rows
 
 
@@ -274,7 +275,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_arguments(parser, budget=240)
+    add_arguments(parser, budget=340)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--models", nargs="+", choices=("llama", "qwen3"), default=None)
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(DEFAULT))
