@@ -39,6 +39,7 @@ class Whole(NamedTuple):
     weight: int
     release: int = SUMMED
     registers: int = 0
+    """Of a thread at most, so that all blocks are one wave; 0: as many as it does well with."""
 
 
 WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
@@ -157,7 +158,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(256, 1, 256, 1, AT_ONCE),
         Whole(320, 3, 256, 0, AT_ONCE),
         Whole(384, 3, 128, 0),
-        Whole(448, 3, 128, 2, STORED, 40),
+        Whole(448, 3, 128, 2, STORED, 48),
         Whole(512, 4, 128, 0),
         Whole(640, 3, 128, 2),
         Whole(768, 4, 128, 1),
@@ -279,6 +280,7 @@ class Cluster(NamedTuple):
     up_to: int = 1024
     """Units of the rows that gain: more than, and at most."""
     registers: int = 0
+    """As above."""
 
 
 EVERY = 1 << 31

@@ -97,7 +97,7 @@ def test_nothing_is_spilled(cubins, name, arch, tmp_path):
 
 
 @pytest.mark.usefixtures("nvrtc")
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", [*MAIN, "llama_f16", "one_over_sqrt"])
 def test_registers_that_a_schedule_names_suffice(name, tmp_path):
     spec = ALL[name]
     named = {
