@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from gpu_cases import CAST_FIRST, SCALE_FIRST, Buffers, Case, Norm
+from gpu_fill import set_caches
 from gpu_named import named
-from gpu_peers import bound, copies
+from gpu_peers import bound, copies, peers
 from gpu_timing import Budget, Recorder, add_arguments, header, medians, warm_up
 from tabulate import tabulate
 
@@ -123,10 +124,10 @@ def built(spec: NormSpec, hidden: int, every: list[Schedule]) -> dict[Schedule, 
     return {one: bound(k) for (one, k), ok in zip(kernels.items(), kept, strict=True) if ok}
 
 
-def sweep(case: Case, mode: str, spreads: str) -> list[dict[str, Any]]:
+def sweep(case: Case, mode: str, spreads: str, inductor: bool) -> list[dict[str, Any]]:
     """Rows of one point: stage 1 are all schedules, 2 the best and what they compete with.
 
-    spreads: of SPREADS.
+    spreads: of SPREADS. inductor: compete with all that norm.py has.
     """
     spec = NormSpec.parse(case.spec)
     capability = torch.cuda.get_device_capability()
@@ -157,7 +158,7 @@ def sweep(case: Case, mode: str, spreads: str) -> list[dict[str, Any]]:
         first = timed(built(spec, case.hidden, [now, *spread]), {})
         best = sorted(first, key=first.__getitem__)
     columns: dict[Any, Norm] = built(spec, case.hidden, [now, *refined(case, best)])
-    columns |= named(case)
+    columns |= peers(case, (case.rows,)) if inductor else named(case)
     second = timed(columns, copies(case, sets, "cuda"))
     copy = min(us for name, us in second.items() if name not in columns)
     point = {**dataclasses.asdict(case), "mode": mode}
@@ -209,9 +210,15 @@ def main() -> int:
     )
     add_arguments(parser, budget=120)
     parser.add_argument("--spreads", choices=SPREADS, default="all", help=SPREADS_HELP)
+    parser.add_argument(
+        "--inductor",
+        action="store_true",
+        help="also time Inductor, eager and Liger",
+    )
     parser.add_argument("points", nargs="+", type=_point, help=_point.__doc__)
     args = parser.parse_args()
     budget = Budget(args.budget)
+    set_caches()
     recorder = Recorder(args.out, "sweep", header(args))
     warm_up(args.device)
     with torch.no_grad():
@@ -219,7 +226,7 @@ def main() -> int:
             if budget.left < 0:
                 recorder.about["cut"] = f"before {case} {mode}: {args.budget:.0f} s were over"
                 break
-            recorder.add(sweep(case, mode, args.spreads))
+            recorder.add(sweep(case, mode, args.spreads, args.inductor))
     recorder.save()
     shown = [row for row in recorder.rows if row["stage"] == 2]
     print(tabulate(shown, headers="keys"))
