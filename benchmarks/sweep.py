@@ -3,8 +3,9 @@
     python benchmarks/sweep.py --out build/bench plain:cast:bf16:512x4096,5120 qk:scale:fp16:8x128
 
 What it finds goes into kernels/cuda_tables.py. First every way to spread rows over threads is
-timed, then the fastest of them with every time to load the weight, in turns with the schedule in
-use, a copy and other projects' kernels. No schedule changes a bit (tests/test_gpu_schedules.py).
+timed, then the fastest of them with every time to load the weight and to let the next kernel in, in
+turns with the schedule in use, a copy and other projects' kernels. No schedule changes a bit
+(tests/test_gpu_schedules.py).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from gpu_peers import bound, copies, peers
 from gpu_timing import Budget, Recorder, add_arguments, header, medians, warm_up
 from tabulate import tabulate
 
-from fxpass.kernels import cuda_schedule, cuda_source, cuda_tables, gpu_rows
+from fxpass.kernels import cuda_schedule, cuda_source, gpu_rows
 from fxpass.kernels.build_cache import BuildError
 from fxpass.kernels.cuda_call import RowKernel
 from fxpass.kernels.cuda_source import AT_ONCE, STORED, SUMMED, Schedule
@@ -38,7 +39,7 @@ EACH = (1, 2, 3, 4, 5, 6, 7, 8)
 ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32)
 """Of a block."""
 WIDE = 64
-"""Threads of a row from which on a block takes two at most."""
+"""Threads of a row above which a block takes two at most."""
 SEGMENTS = (32, 64, 128, 256, 512)
 PER_BLOCK = (1, 2, 4)
 """Units of a thread of a cluster."""
@@ -82,20 +83,23 @@ def moments(
     With registers for the room that the kernel has by itself, and for one wave of blocks.
     """
     spec = NormSpec.parse(case.spec)
-    blocks = -(-case.normed_rows // spread.rows) * spread.blocks
-    each = -(-blocks // cuda_tables.MULTIPROCESSORS)
+    each, large = cuda_schedule.blocks_each(spread, case.normed_rows), case.moved >= LARGE
     warps = -(-spread.threads * spread.rows // 32)
-    rooms = {0: cuda_source.room(spec, case.hidden, dataclasses.replace(spread, registers=0))}
-    for wanted in (each, 2 * each) if case.moved < LARGE else ():
-        registers = 16_384 // 32 // -(-wanted * warps // 4) // 8 * 8
+
+    def room(registers: int) -> int:
         with_them = dataclasses.replace(spread, registers=registers)
+        return cuda_source.room(spec, case.hidden, with_them)
+
+    rooms = {0: room(0)}
+    for wanted in () if large else (each, 2 * each):
+        registers = cuda_source.LANE_REGISTERS // -(-wanted * warps // 4) // 8 * 8
         if LEAST <= registers <= MOST and wanted not in rooms.values():
-            rooms[registers] = cuda_source.room(spec, case.hidden, with_them)
-    for weight, (registers, room) in itertools.product(weights, rooms.items()):
+            rooms[registers] = room(registers)
+    for weight, registers in itertools.product(weights, rooms):
         one = dataclasses.replace(spread, weight=weight, registers=registers)
-        if not registers or rooms[0] < each <= room:
+        if not registers or rooms[0] < each <= rooms[registers]:
             yield from (dataclasses.replace(one, release=release) for release in releases)
-        if case.moved < LARGE and (2 * each <= room or each >= room):
+        if not large and cuda_schedule.spreads_evenly(each, rooms[registers]):
             yield dataclasses.replace(one, release=AT_ONCE)
 
 

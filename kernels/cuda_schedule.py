@@ -25,8 +25,15 @@ def _spread(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int])
     if capability >= cuda_tables.CAPABILITY:
         for rows_up_to, blocks, found in _clusters(kind, units):
             if rows <= rows_up_to:
-                spread = (found.threads, 1, release, blocks, found.segment)
-                return Schedule(*spread, found.weight, found.registers)
+                return Schedule(
+                    found.threads,
+                    1,
+                    release,
+                    blocks,
+                    found.segment,
+                    weight=found.weight,
+                    registers=found.registers,
+                )
     if long:
         return Schedule(cuda_tables.LONG[kind], 1, release, weight=2 if few else 0)
     table = cuda_tables.WHOLE.get((size, kind)) or cuda_tables.WHOLE[size, "light"]
@@ -44,16 +51,26 @@ def _spread(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int])
 def _with_room(spec: NormSpec, hidden: int, rows: int, found: Schedule) -> Schedule:
     """Let the next kernel in at once only where its blocks spread evenly.
 
-    They do if every multiprocessor has room for as many as it has, or for none. Else some get more
-    rows than others: 384 x 6144 took 1.4 times as long as with SUMMED.
+    Else some multiprocessors get more rows than others: 384 x 6144 took 1.4 times as long as with
+    SUMMED.
     """
     if found.release != AT_ONCE:
         return found
-    blocks = -(-rows // found.rows) * found.blocks
-    each = -(-blocks // cuda_tables.MULTIPROCESSORS)
-    room = cuda_source.room(spec, hidden, found)
-    even = each >= room or 2 * each <= room
+    even = spreads_evenly(blocks_each(found, rows), cuda_source.room(spec, hidden, found))
     return found if even else dataclasses.replace(found, release=SUMMED)
+
+
+def blocks_each(one: Schedule, rows: int) -> int:
+    """Blocks for the multiprocessor that gets most."""
+    return -(-(-(-rows // one.rows) * one.blocks) // cuda_tables.MULTIPROCESSORS)
+
+
+def spreads_evenly(each: int, room: int) -> bool:
+    """Whether another grid of `each` blocks a multiprocessor, which has room for `room`, does.
+
+    It does if there is room for all of it, or for none.
+    """
+    return each >= room or 2 * each <= room
 
 
 def _rows_read_last(spec: NormSpec, hidden: int) -> int:
@@ -68,10 +85,9 @@ def changes(spec: NormSpec, hidden: int) -> list[int]:
     ends = {end for end, _, _ in clusters} - {cuda_tables.EVERY}
     ends |= {most for most, _ in cuda_tables.SIZES} | {cuda_tables.LONG_AT_ONCE}
     # Where `_with_room` counts a block more on a multiprocessor.
-    for most, blocks in [(cuda_tables.SIZES[-1][0], 1), *(found[:2] for found in clusters)]:
-        full = cuda_tables.MULTIPROCESSORS
-        least = min(most, cuda_tables.SIZES[-1][0]) * blocks
-        ends |= {count // blocks for count in range(full, least + 1, full)}
+    few, step = cuda_tables.SIZES[-1][0], cuda_tables.MULTIPROCESSORS
+    for end, blocks in [(few, 1), *((end, blocks) for end, blocks, _ in clusters)]:
+        ends |= {n // blocks for n in range(step, min(end, few) * blocks + 1, step)}
     return sorted({1, _rows_read_last(spec, hidden)} | {end + 1 for end in ends})
 
 

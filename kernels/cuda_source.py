@@ -34,6 +34,9 @@ _REGISTERS = {
 """Of a thread, about, by the kind of spec and its units: what it does well with on sm_90 if
 everything is bf16. Left to itself the compiler takes up to half as many more, and rows wait for a
 place."""
+LANE_REGISTERS = 16_384 // 32
+"""What the threads at one place of their warps share: a quarter of a multiprocessor has 16,384
+registers, and a warp takes them by eights for each of its 32 threads."""
 _MOST_BLOCKS = 32
 """Of a multiprocessor."""
 
@@ -133,9 +136,7 @@ def room(spec: NormSpec, hidden: int, schedule: Schedule) -> int:
     held = (spec.x, spec.residual, spec.weight, spec.bias, spec.normed, spec.out)
     if registers is None or not all(dtype is None or is_narrow(dtype) for dtype in held):
         return 1
-    # A quarter of a multiprocessor has 16,384 registers, and a warp takes them by eights for each
-    # of its 32 threads.
-    warps = 4 * (16_384 // 32 // registers)
+    warps = 4 * (LANE_REGISTERS // registers)
     return min(_MOST_BLOCKS, max(1, warps // -(-schedule.threads * schedule.rows // 32)))
 
 
