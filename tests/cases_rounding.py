@@ -134,6 +134,14 @@ def cast_to_the_other_16_bit_type(x, w):
     return unit(x).half() * w
 
 
+# The second cast and the product stay in the graph. Inductor drops the first cast before its hooks,
+# unless it is told to emulate casts, as numerics="eager" does.
+@matches("rms_norm.cast", f"{BF16}mul_row:f32,cast:f16", X, W,
+         aten=("rms_norm.cast_then_scale", LLAMA))  # fmt: skip
+def cast_to_both_16_bit_types(x, w):
+    return w * unit(x).half().bfloat16()
+
+
 @matches("rms_norm.cast_then_scale", LLAMA, X, W)
 def inverse_meets_the_narrow_x(x, w):
     inverse = torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + 1e-6)
