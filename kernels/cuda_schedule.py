@@ -18,24 +18,15 @@ def schedule(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int]
 
 def _spread(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int]) -> Schedule:
     units, kind = -(-hidden // gpu_rows.VECTOR), cuda_source.kind(spec)
-    size = next((word for most, word in cuda_tables.SIZES if rows <= most), "many")
-    long = hidden > gpu_rows.MOST_LANES
-    few = rows <= cuda_tables.LONG_AT_ONCE if long else size != "many"
-    release = AT_ONCE if few else SUMMED
     if capability >= cuda_tables.CAPABILITY:
-        for rows_up_to, blocks, found in _clusters(kind, units):
+        for rows_up_to, found in _of_own_rows(kind, units):
             if rows <= rows_up_to:
-                return Schedule(
-                    found.threads,
-                    1,
-                    release,
-                    blocks,
-                    found.segment,
-                    weight=found.weight,
-                    registers=found.registers,
-                )
-    if long:
+                return found
+    if hidden > gpu_rows.MOST_LANES:
+        few = rows <= cuda_tables.LONG_AT_ONCE
+        release = AT_ONCE if few else SUMMED
         return Schedule(cuda_tables.LONG[kind], 1, release, weight=2 if few else 0)
+    size = next((word for most, word in cuda_tables.SIZES if rows <= most), "many")
     table = cuda_tables.WHOLE.get((size, kind)) or cuda_tables.WHOLE[size, "light"]
     whole = next(found for found in table if units <= found.up_to)
     threads = threads_of(units, whole.each)
@@ -81,28 +72,50 @@ def _rows_read_last(spec: NormSpec, hidden: int) -> int:
 def changes(spec: NormSpec, hidden: int) -> list[int]:
     """The numbers of rows at which another schedule may begin, on any device."""
     units = -(-hidden // gpu_rows.VECTOR)
-    clusters = _clusters(cuda_source.kind(spec), units)
-    ends = {end for end, _, _ in clusters} - {cuda_tables.EVERY}
+    own = _of_own_rows(cuda_source.kind(spec), units)
+    ends = {end for end, _ in own} - {cuda_tables.EVERY}
     ends |= {most for most, _ in cuda_tables.SIZES} | {cuda_tables.LONG_AT_ONCE}
     # Where `_with_room` counts a block more on a multiprocessor.
     few, step = cuda_tables.SIZES[-1][0], cuda_tables.MULTIPROCESSORS
-    for end, blocks in [(few, 1), *((end, blocks) for end, blocks, _ in clusters)]:
+    for end, blocks in [(few, 1), *((end, found.blocks) for end, found in own)]:
         ends |= {n // blocks for n in range(step, min(end, few) * blocks + 1, step)}
     return sorted({1, _rows_read_last(spec, hidden)} | {end + 1 for end in ends})
 
 
-def _clusters(kind: str, units: int) -> list[tuple[int, int, cuda_tables.Cluster]]:
-    """(rows up to, blocks of a row, how): the first that fits is taken."""
+def _of_own_rows(kind: str, units: int) -> list[tuple[int, Schedule]]:
+    """Schedules that have row counts of their own, not SIZES: the first for so many rows is it."""
     lanes = gpu_rows.MOST_LANES // gpu_rows.VECTOR
     if units > lanes:
-        every = cuda_tables.LONG_CLUSTERS[kind]
-        return [(found.most, lanes // found.segment, found) for found in every]
+        return [
+            (found.most, _shared(found, lanes // found.segment, found.release, found.registers))
+            for found in cuda_tables.SEVERAL_CHUNKS[kind]
+            if units <= found.up_to
+        ]
     fitting = [
         (-(-units // found.segment), found)
         for found in cuda_tables.CLUSTERS.get(kind) or cuda_tables.CLUSTERS["light"]
         if found.above < units <= found.up_to
     ]
-    return [(found.most // n, n, found) for n, found in fitting if n <= cuda_tables.MOST_BLOCKS]
+    return [
+        (found.most // n, _shared(found, n, AT_ONCE, 0))
+        for n, found in fitting
+        if n <= cuda_tables.MOST_BLOCKS
+    ]
+
+
+def _shared(
+    found: cuda_tables.Cluster | cuda_tables.Long, blocks: int, release: int, registers: int
+) -> Schedule:
+    """Of rows that so many blocks share."""
+    return Schedule(
+        found.threads,
+        1,
+        release,
+        blocks,
+        found.segment if blocks > 1 else 0,
+        weight=found.weight,
+        registers=registers,
+    )
 
 
 def threads_of(units: int, each: int) -> int:

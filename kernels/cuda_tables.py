@@ -137,9 +137,9 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(320, 2, 128, 0, AT_ONCE),
         Whole(384, 3, 128, 0),
         Whole(448, 2, 128, 1),
-        Whole(512, 4, 128, 2),
-        Whole(640, 4, 128, 0),
-        Whole(1024, 4, 128, 0),
+        Whole(512, 2, 128, 1, AT_ONCE),
+        Whole(896, 4, 128, 0),
+        Whole(1024, 8, 128, 0, STORED, 80),
     ),
     ("sixes", "heavy"): (
         Whole(64, 1, 128, 0, AT_ONCE),
@@ -161,7 +161,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(448, 3, 128, 2, STORED, 48),
         Whole(512, 4, 128, 0),
         Whole(640, 3, 128, 2),
-        Whole(768, 4, 128, 1),
+        Whole(768, 3, 128, 2, STORED),
         Whole(896, 4, 128, 0),
         Whole(1024, 4, 128, 2, AT_ONCE),
     ),
@@ -184,6 +184,8 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(128, 1, 256, 2, AT_ONCE),
         Whole(192, 2, 192, 0, AT_ONCE),
         Whole(256, 2, 128, 0, AT_ONCE),
+        Whole(320, 4, 128, 0),
+        Whole(384, 3, 128, 0),
         Whole(448, 4, 128, 0),
         Whole(512, 2, 128, 0, AT_ONCE),
         Whole(1024, 4, 128, 0, AT_ONCE),
@@ -210,7 +212,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(96, 3, 128, 1, AT_ONCE),
         Whole(128, 4, 512, 1, AT_ONCE),
         Whole(192, 2, 128, 2, AT_ONCE),
-        Whole(256, 1, 128, 1, AT_ONCE),
+        Whole(256, 2, 128, 0, AT_ONCE),
         Whole(448, 2, 128, 0, AT_ONCE),
         Whole(512, 1, 128, 0, AT_ONCE),
         Whole(1024, 2, 128, 0, AT_ONCE),
@@ -261,26 +263,24 @@ faster from 256 MB on, and the product after the norm takes as long as before.""
 LAST_ON = (9, 0)
 """Where that was measured, with an L2 of 50 MB."""
 LONG = {"light": 512, "float": 1024, "heavy": 1024}
-"""Threads of a row of several chunks, by kind."""
+"""Threads of a row of several chunks that no entry of `SEVERAL_CHUNKS` takes, by kind."""
 LONG_AT_ONCE = 1024
-"""Rows of several chunks up to which the next kernel may come in at once."""
+"""Its rows up to which the next kernel may come in at once."""
 
 
 class Cluster(NamedTuple):
-    """Of rows that several blocks share."""
+    """Of rows of one chunk that several blocks share."""
 
     most: int
-    """Blocks of all rows together, or rows, up to which that gains."""
+    """Blocks of all rows together up to which that gains."""
     segment: int
-    """Units of a chunk that one block takes."""
+    """Units that one block takes."""
     threads: int
     """Of a block."""
     weight: int
     above: int = 0
     up_to: int = 1024
     """Units of the rows that gain: more than, and at most."""
-    registers: int = 0
-    """As above."""
 
 
 EVERY = 1 << 31
@@ -302,21 +302,50 @@ CLUSTERS: dict[str, tuple[Cluster, ...]] = {
         Cluster(264, 512, 256, 1, 896),
     ),
 }
-"""Of rows of one chunk; `most` counts blocks. Rows that fit none are taken whole."""
-_LONG_PLAIN = (
-    Cluster(33, 128, 128, 0),
-    Cluster(132, 256, 128, 1),
-    Cluster(1024, 256, 128, 0),
-)
-LONG_CLUSTERS: dict[str, tuple[Cluster, ...]] = {
-    "light": (*_LONG_PLAIN, Cluster(4096, 512, 512, 2, registers=32)),
-    "float": (*_LONG_PLAIN, Cluster(4096, 512, 512, 0), Cluster(EVERY, 512, 128, 0)),
+"""By kind. Rows that fit none are taken whole."""
+
+
+class Long(NamedTuple):
+    """Of rows of several chunks."""
+
+    most: int
+    """Rows up to which that gains."""
+    segment: int
+    """Units of a chunk that one block takes."""
+    threads: int
+    """Of a block."""
+    weight: int
+    release: int = AT_ONCE
+    registers: int = 0
+    """As above."""
+    up_to: int = EVERY
+    """Units of the rows that gain."""
+
+
+ALL = 1024
+"""Units of a chunk: one block takes the row whole."""
+_FEW = (Long(33, 128, 128, 0), Long(132, 256, 128, 1))
+SEVERAL_CHUNKS: dict[str, tuple[Long, ...]] = {
+    "light": (
+        *_FEW,
+        Long(264, ALL, 512, 0, STORED, up_to=2048),
+        Long(1024, 256, 128, 0),
+        Long(4096, 512, 512, 2, SUMMED, 32),
+    ),
+    "float": (
+        *_FEW,
+        Long(1024, 256, 128, 0),
+        Long(4096, 512, 512, 0, SUMMED),
+        Long(EVERY, 512, 128, 0, SUMMED),
+    ),
     "heavy": (
-        Cluster(33, 128, 128, 1),
-        Cluster(132, 512, 512, 1),
-        Cluster(264, 512, 256, 1),
-        Cluster(EVERY, 128, 128, 0),
+        Long(33, 128, 128, 1),
+        Long(132, 512, 512, 1),
+        Long(198, 512, 256, 1),
+        Long(264, ALL, 512, 0, STORED, up_to=2048),
+        Long(1024, 128, 128, 0),
+        Long(EVERY, 128, 128, 0, SUMMED),
     ),
 }
-"""Of rows of several chunks; `most` counts rows."""
+"""By kind, the first that fits."""
 MOST_BLOCKS = 8  # of a cluster on every GPU that has clusters

@@ -96,13 +96,17 @@ def test_nothing_is_spilled(cubins, name, arch, tmp_path):
         assert -(-registers // 8) * 8 * schedule.threads * schedule.rows <= 65_536
 
 
+FEW_BYTES = 32
+"""That a thread may keep elsewhere. 768 x 8,192 with 8 of them: 7.4 us in one wave, 7.8 without."""
+
+
 @pytest.mark.usefixtures("nvrtc")
 @pytest.mark.parametrize("name", [*MAIN, "llama_f16", "one_over_sqrt"])
 def test_registers_that_a_schedule_names_suffice(name, tmp_path):
     spec = ALL[name]
     named = {
         (hidden, dataclasses.replace(scheduled(name, hidden, rows), last=False))
-        for hidden in (512, 2048, 3584, 5120, 16_384)
+        for hidden in (512, 2048, 3584, 5120, 6144, 8192, 16_384)
         for rows in cuda_schedule.changes(spec, hidden)
         if scheduled(name, hidden, rows).registers
     }
@@ -110,7 +114,8 @@ def test_registers_that_a_schedule_names_suffice(name, tmp_path):
     for hidden, schedule in named:
         cubin = cuda_build._compile(cuda_source.source(spec, hidden, schedule), "sm_90")
         text = dump("--dump-resource-usage", cubin, tmp_path)
-        assert re.search(r"STACK:(\d+) .*LOCAL:(\d+)", text).groups() == ("0", "0"), schedule
+        (stack, local) = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", text).groups()
+        assert (int(stack) <= FEW_BYTES, local) == (True, "0"), (hidden, schedule, stack)
         assert int(re.search(r"REG:(\d+)", text)[1]) <= schedule.registers, schedule
 
 
