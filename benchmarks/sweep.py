@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py --out build/bench plain:cast:bf16:512x4096,5120 qk:scale:fp16:8x128
 
-What it finds goes into kernels/cuda_tables.py. First every way to spread rows over threads is
+What it finds goes into kernels/cuda_*tables.py. First every way to spread rows over threads is
 timed, then the fastest of them with every time to load the weight and to let the next kernel in, in
 turns with the schedule in use, a copy and other projects' kernels. No schedule changes a bit
 (tests/test_gpu_schedules.py).

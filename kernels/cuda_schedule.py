@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from fxpass.kernels import cuda_source, cuda_tables, gpu_rows
+from fxpass.kernels import cuda_cluster_tables, cuda_source, cuda_tables, gpu_rows
 from fxpass.kernels.cuda_source import AT_ONCE, SUMMED, Schedule
 from fxpass.spec import NormSpec
 
@@ -18,14 +18,14 @@ def schedule(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int]
 
 def _spread(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int]) -> Schedule:
     units, kind = -(-hidden // gpu_rows.VECTOR), cuda_source.kind(spec)
-    if capability >= cuda_tables.CAPABILITY:
+    if capability >= cuda_cluster_tables.CAPABILITY:
         for rows_up_to, found in _of_own_rows(kind, units):
             if rows <= rows_up_to:
                 return found
     if hidden > gpu_rows.MOST_LANES:
-        few = rows <= cuda_tables.LONG_AT_ONCE
+        few = rows <= cuda_cluster_tables.LONG_AT_ONCE
         release = AT_ONCE if few else SUMMED
-        return Schedule(cuda_tables.LONG[kind], 1, release, weight=2 if few else 0)
+        return Schedule(cuda_cluster_tables.LONG[kind], 1, release, weight=2 if few else 0)
     size = next((word for most, word in cuda_tables.SIZES if rows <= most), "many")
     table = cuda_tables.WHOLE.get((size, kind)) or cuda_tables.WHOLE[size, "light"]
     whole = next(found for found in table if units <= found.up_to)
@@ -73,8 +73,8 @@ def changes(spec: NormSpec, hidden: int) -> list[int]:
     """The numbers of rows at which another schedule may begin, on any device."""
     units = -(-hidden // gpu_rows.VECTOR)
     own = _of_own_rows(cuda_source.kind(spec), units)
-    ends = {end for end, _ in own} - {cuda_tables.EVERY}
-    ends |= {most for most, _ in cuda_tables.SIZES} | {cuda_tables.LONG_AT_ONCE}
+    ends = {end for end, _ in own} - {cuda_cluster_tables.EVERY}
+    ends |= {most for most, _ in cuda_tables.SIZES} | {cuda_cluster_tables.LONG_AT_ONCE}
     # Where `_with_room` counts a block more on a multiprocessor.
     few, step = cuda_tables.SIZES[-1][0], cuda_tables.MULTIPROCESSORS
     for end, blocks in [(few, 1), *((end, found.blocks) for end, found in own)]:
@@ -88,23 +88,26 @@ def _of_own_rows(kind: str, units: int) -> list[tuple[int, Schedule]]:
     if units > lanes:
         return [
             (found.most, _shared(found, lanes // found.segment, found.release, found.registers))
-            for found in cuda_tables.SEVERAL_CHUNKS[kind]
+            for found in cuda_cluster_tables.SEVERAL_CHUNKS[kind]
             if units <= found.up_to
         ]
     fitting = [
         (-(-units // found.segment), found)
-        for found in cuda_tables.CLUSTERS.get(kind) or cuda_tables.CLUSTERS["light"]
+        for found in cuda_cluster_tables.CLUSTERS.get(kind) or cuda_cluster_tables.CLUSTERS["light"]
         if found.above < units <= found.up_to
     ]
     return [
         (found.most // n, _shared(found, n, AT_ONCE, 0))
         for n, found in fitting
-        if n <= cuda_tables.MOST_BLOCKS
+        if n <= cuda_cluster_tables.MOST_BLOCKS
     ]
 
 
 def _shared(
-    found: cuda_tables.Cluster | cuda_tables.Long, blocks: int, release: int, registers: int
+    found: cuda_cluster_tables.Cluster | cuda_cluster_tables.Long,
+    blocks: int,
+    release: int,
+    registers: int,
 ) -> Schedule:
     """Of rows that so many blocks share."""
     return Schedule(

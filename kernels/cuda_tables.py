@@ -102,8 +102,8 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(192, 2, 128, 0, AT_ONCE),
         Whole(256, 1, 128, 2, AT_ONCE),
         Whole(320, 2, 128, 0, AT_ONCE),
-        Whole(512, 1, 128, 2),
-        Whole(640, 2, 128, 1, AT_ONCE),
+        Whole(512, 1, 128, 0, AT_ONCE),
+        Whole(640, 4, 128, 0, AT_ONCE, 96),
         Whole(768, 2, 128, 0),
         Whole(896, 4, 128, 0),
         Whole(1024, 4, 128, 2),
@@ -262,90 +262,3 @@ LAST_FROM = {"light": 128_000_000, "float": 128_000_000, "heavy": 64_000_000}
 faster from 256 MB on, and the product after the norm takes as long as before."""
 LAST_ON = (9, 0)
 """Where that was measured, with an L2 of 50 MB."""
-LONG = {"light": 512, "float": 1024, "heavy": 1024}
-"""Threads of a row of several chunks that no entry of `SEVERAL_CHUNKS` takes, by kind."""
-LONG_AT_ONCE = 1024
-"""Its rows up to which the next kernel may come in at once."""
-
-
-class Cluster(NamedTuple):
-    """Of rows of one chunk that several blocks share."""
-
-    most: int
-    """Blocks of all rows together up to which that gains."""
-    segment: int
-    """Units that one block takes."""
-    threads: int
-    """Of a block."""
-    weight: int
-    above: int = 0
-    up_to: int = 1024
-    """Units of the rows that gain: more than, and at most."""
-
-
-EVERY = 1 << 31
-"""More rows than there are."""
-CAPABILITY = (9, 0)
-"""From which on there are clusters."""
-CLUSTERS: dict[str, tuple[Cluster, ...]] = {
-    "light": (
-        Cluster(180, 128, 128, 0, 384),
-        Cluster(264, 128, 64, 1, 896),
-        Cluster(180, 256, 128, 0, 640),
-        Cluster(264, 512, 256, 1, 896),
-    ),
-    "heavy": (
-        Cluster(64, 32, 32, 1, 96, 256),
-        Cluster(132, 64, 64, 1, 256, 448),
-        Cluster(448, 128, 128, 1, 256),
-        Cluster(264, 256, 128, 1, 512),
-        Cluster(264, 512, 256, 1, 896),
-    ),
-}
-"""By kind. Rows that fit none are taken whole."""
-
-
-class Long(NamedTuple):
-    """Of rows of several chunks."""
-
-    most: int
-    """Rows up to which that gains."""
-    segment: int
-    """Units of a chunk that one block takes."""
-    threads: int
-    """Of a block."""
-    weight: int
-    release: int = AT_ONCE
-    registers: int = 0
-    """As above."""
-    up_to: int = EVERY
-    """Units of the rows that gain."""
-
-
-ALL = 1024
-"""Units of a chunk: one block takes the row whole."""
-_FEW = (Long(33, 128, 128, 0), Long(132, 256, 128, 1))
-SEVERAL_CHUNKS: dict[str, tuple[Long, ...]] = {
-    "light": (
-        *_FEW,
-        Long(264, ALL, 512, 0, STORED, up_to=2048),
-        Long(1024, 256, 128, 0),
-        Long(4096, 512, 512, 2, SUMMED, 32),
-    ),
-    "float": (
-        *_FEW,
-        Long(1024, 256, 128, 0),
-        Long(4096, 512, 512, 0, SUMMED),
-        Long(EVERY, 512, 128, 0, SUMMED),
-    ),
-    "heavy": (
-        Long(33, 128, 128, 1),
-        Long(132, 512, 512, 1),
-        Long(198, 512, 256, 1),
-        Long(264, ALL, 512, 0, STORED, up_to=2048),
-        Long(1024, 128, 128, 0),
-        Long(EVERY, 128, 128, 0, SUMMED),
-    ),
-}
-"""By kind, the first that fits."""
-MOST_BLOCKS = 8  # of a cluster on every GPU that has clusters

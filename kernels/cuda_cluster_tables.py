@@ -1,0 +1,99 @@
+"""Rows that `cuda.row` gives several blocks, and rows of several chunks: tables as `cuda_tables`.
+
+The first entry that fits is taken. Rows that fit none have their schedule from `cuda_tables`, or
+`LONG`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fxpass.kernels.cuda_source import AT_ONCE, STORED, SUMMED
+
+LONG = {"light": 512, "float": 1024, "heavy": 1024}
+"""Threads of a row of several chunks that fits no entry, by kind."""
+LONG_AT_ONCE = 1024
+"""Its rows up to which the next kernel may come in at once."""
+
+
+class Cluster(NamedTuple):
+    """Of rows of one chunk that several blocks share."""
+
+    most: int
+    """Blocks of all rows together up to which that gains."""
+    segment: int
+    """Units that one block takes."""
+    threads: int
+    """Of a block."""
+    weight: int
+    above: int = 0
+    up_to: int = 1024
+    """Units of the rows that gain: more than, and at most."""
+
+
+EVERY = 1 << 31
+"""More rows than there are."""
+CAPABILITY = (9, 0)
+"""From which on there are clusters."""
+CLUSTERS: dict[str, tuple[Cluster, ...]] = {
+    "light": (
+        Cluster(180, 128, 128, 0, 384),
+        Cluster(264, 128, 64, 1, 896),
+        Cluster(180, 256, 128, 0, 640),
+        Cluster(264, 512, 256, 1, 896),
+    ),
+    "heavy": (
+        Cluster(64, 32, 32, 1, 96, 256),
+        Cluster(132, 64, 64, 1, 256, 448),
+        Cluster(448, 128, 128, 1, 256),
+        Cluster(264, 256, 128, 1, 512),
+        Cluster(264, 512, 256, 1, 896),
+    ),
+}
+"""By kind, of rows of one chunk."""
+
+
+class Long(NamedTuple):
+    """Of rows of several chunks."""
+
+    most: int
+    """Rows up to which that gains."""
+    segment: int
+    """Units of a chunk that one block takes."""
+    threads: int
+    """Of a block."""
+    weight: int
+    release: int = AT_ONCE
+    registers: int = 0
+    """Of a thread at most, as of `cuda_tables.Whole`."""
+    up_to: int = EVERY
+    """Units of the rows that gain."""
+
+
+ALL = 1024
+"""Units of a chunk: one block takes the row whole."""
+_FEW = (Long(33, 128, 128, 0), Long(132, 256, 128, 1))
+SEVERAL_CHUNKS: dict[str, tuple[Long, ...]] = {
+    "light": (
+        *_FEW,
+        Long(264, ALL, 512, 0, STORED, up_to=2048),
+        Long(1024, 256, 128, 0),
+        Long(4096, 512, 512, 2, SUMMED, 32),
+    ),
+    "float": (
+        *_FEW,
+        Long(1024, 256, 128, 0),
+        Long(4096, 512, 512, 0, SUMMED),
+        Long(EVERY, 512, 128, 0, SUMMED),
+    ),
+    "heavy": (
+        Long(33, 128, 128, 1),
+        Long(132, 512, 512, 1),
+        Long(198, 512, 256, 1),
+        Long(264, ALL, 512, 0, STORED, up_to=2048),
+        Long(1024, 128, 128, 0),
+        Long(EVERY, 128, 128, 0, SUMMED),
+    ),
+}
+"""By kind, of rows of more."""
+MOST_BLOCKS = 8  # of a cluster on every GPU that has clusters
