@@ -151,9 +151,10 @@ def sweep(case: Case, mode: str, spreads: str, inductor: bool) -> list[dict[str,
         return medians({**calls, **more}, estimate, sets, "cuda", {})
 
     first: dict[Any, float] = {}
+    best: list[Schedule] = []
     if spreads == "used":
         best = [now]
-    else:
+    elif spreads != "none":
         every = spreads == "all"
         spread = [
             dataclasses.replace(one, last=now.last)
@@ -192,8 +193,8 @@ def _word(one: Schedule) -> str:
     return f"{spread} w{one.weight} {_RELEASES[one.release]}{more}"
 
 
-SPREADS = ("all", "whole", "used")
-SPREADS_HELP = "all; of one block for a row; or only the one in use, with other moments"
+SPREADS = ("all", "whole", "used", "none")
+SPREADS_HELP = "all; of one block for a row; the one in use, with other moments; none but that in use"
 ROUNDINGS = {"cast": CAST_FIRST, "scale": SCALE_FIRST}
 
 

@@ -23,7 +23,8 @@ MODULES = """
     kernels.steps kernels.gpu_rows kernels.gpu_contract kernels.gpu_call kernels.inductor
     kernels.build_cache kernels.c_struct
     kernels.cpu_source kernels.cpu_build kernels.cpu_call kernels.cpu
-    kernels.cuda_source kernels.cuda_tables kernels.cuda_cluster_tables kernels.cuda_schedule kernels.cuda_build
+    kernels.cuda_source kernels.cuda_tables kernels.cuda_cluster_tables kernels.cuda_schedule
+    kernels.cuda_build
     kernels.cuda_driver
     kernels.cuda_launch kernels.cuda_call
     kernels.cuda_row
