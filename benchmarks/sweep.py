@@ -194,7 +194,7 @@ def _word(one: Schedule) -> str:
 
 
 SPREADS = ("all", "whole", "used", "none")
-SPREADS_HELP = "all; of one block for a row; the one in use, with other moments; none but that in use"
+SPREADS_HELP = "all; of one block for a row; the one in use, with other moments; or none but it"
 ROUNDINGS = {"cast": CAST_FIRST, "scale": SCALE_FIRST}
 
 
