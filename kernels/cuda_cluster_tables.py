@@ -29,6 +29,9 @@ class Cluster(NamedTuple):
     above: int = 0
     up_to: int = 1024
     """Units of the rows that gain: more than, and at most."""
+    release: int = AT_ONCE
+    registers: int = 0
+    """Of a thread at most, as of `cuda_tables.Whole`."""
 
 
 EVERY = 1 << 31
@@ -65,7 +68,7 @@ class Long(NamedTuple):
     weight: int
     release: int = AT_ONCE
     registers: int = 0
-    """Of a thread at most, as of `cuda_tables.Whole`."""
+    """As above."""
     up_to: int = EVERY
     """Units of the rows that gain."""
 

@@ -87,7 +87,7 @@ def _of_own_rows(kind: str, units: int) -> list[tuple[int, Schedule]]:
     lanes = gpu_rows.MOST_LANES // gpu_rows.VECTOR
     if units > lanes:
         return [
-            (found.most, _shared(found, lanes // found.segment, found.release, found.registers))
+            (found.most, _shared(found, lanes // found.segment))
             for found in cuda_cluster_tables.SEVERAL_CHUNKS[kind]
             if units <= found.up_to
         ]
@@ -97,27 +97,22 @@ def _of_own_rows(kind: str, units: int) -> list[tuple[int, Schedule]]:
         if found.above < units <= found.up_to
     ]
     return [
-        (found.most // n, _shared(found, n, AT_ONCE, 0))
-        for n, found in fitting
-        if n <= cuda_cluster_tables.MOST_BLOCKS
+        (found.most // blocks, _shared(found, blocks))
+        for blocks, found in fitting
+        if blocks <= cuda_cluster_tables.MOST_BLOCKS
     ]
 
 
-def _shared(
-    found: cuda_cluster_tables.Cluster | cuda_cluster_tables.Long,
-    blocks: int,
-    release: int,
-    registers: int,
-) -> Schedule:
+def _shared(found: cuda_cluster_tables.Cluster | cuda_cluster_tables.Long, blocks: int) -> Schedule:
     """Of rows that so many blocks share."""
     return Schedule(
         found.threads,
         1,
-        release,
+        found.release,
         blocks,
         found.segment if blocks > 1 else 0,
         weight=found.weight,
-        registers=registers,
+        registers=found.registers,
     )
 
 

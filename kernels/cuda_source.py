@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -74,6 +75,7 @@ def refusal(spec: NormSpec) -> str | None:
     return steps.refusal(spec, tuple(c_struct.C_TYPES))
 
 
+@cache
 def kind(spec: NormSpec) -> str:
     """How much a thread does with a unit.
 
