@@ -91,13 +91,13 @@ def moments(
         return cuda_source.room(spec, case.hidden, with_them)
 
     rooms = {0: room(0)}
-    for wanted in () if large else (each, 2 * each):
+    for wanted in (rooms[0] + 1, rooms[0] + 2) if large else (each, 2 * each):
         registers = cuda_source.LANE_REGISTERS // -(-wanted * warps // 4) // 8 * 8
         if LEAST <= registers <= MOST and wanted not in rooms.values():
             rooms[registers] = room(registers)
     for weight, registers in itertools.product(weights, rooms):
         one = dataclasses.replace(spread, weight=weight, registers=registers)
-        if not registers or rooms[0] < each <= rooms[registers]:
+        if not registers or rooms[0] < (rooms[registers] if large else each) <= rooms[registers]:
             yield from (dataclasses.replace(one, release=release) for release in releases)
         if not large and cuda_schedule.spreads_evenly(each, rooms[registers]):
             yield dataclasses.replace(one, release=AT_ONCE)

@@ -40,7 +40,11 @@ FX_INLINE bool has_unit(int chunk, int mine, int t) {
   const int unit = block_of_row() * SEGMENT + mine * FX_THREADS + t;
   const bool in_chunk =
       FX_BLOCKS > 1 ? FX_BLOCKS * SEGMENT == UNITS : (mine + 1) * FX_THREADS <= UNITS;
-  const bool in_row = CHUNKS == 1 || FX_HIDDEN % FX_LANES == 0 || chunk < CHUNKS - 1;
+  // Of all threads of all blocks.
+  const int least = chunk * UNITS + mine * FX_THREADS;
+  const int most = least + (FX_BLOCKS - 1) * SEGMENT + FX_THREADS - 1;
+  const bool in_row = CHUNKS == 1 || most * 8 < FX_HIDDEN;
+  if (CHUNKS > 1 && least * 8 >= FX_HIDDEN) return false;
   return (in_chunk || unit < UNITS) && (in_row || chunk * FX_LANES + unit * 8 < FX_HIDDEN);
 }
 

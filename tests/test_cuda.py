@@ -96,8 +96,9 @@ def test_nothing_is_spilled(cubins, name, arch, tmp_path):
         assert -(-registers // 8) * 8 * schedule.threads * schedule.rows <= 65_536
 
 
-FEW_BYTES = 32
-"""That a thread may keep elsewhere. 768 x 8,192 with 8 of them: 7.4 us in one wave, 7.8 without."""
+FEW_BYTES = 40
+"""That a thread may keep elsewhere. 768 x 8,192 with 8 of them: 7.4 us in one wave, 7.8 without;
+384 x 12,288 with 16: 3.9 us, 4.4 without."""
 
 
 @pytest.mark.usefixtures("nvrtc")
@@ -106,7 +107,7 @@ def test_registers_that_a_schedule_names_suffice(name, tmp_path):
     spec = ALL[name]
     named = {
         (hidden, dataclasses.replace(scheduled(name, hidden, rows), last=False))
-        for hidden in (512, 2048, 3584, 5120, 6144, 8192, 16_384)
+        for hidden in (*range(512, 8193, 512), 8200, 9216, 12_288, 14_336, 16_384)
         for rows in cuda_schedule.changes(spec, hidden)
         if scheduled(name, hidden, rows).registers
     }
