@@ -148,6 +148,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(640, 4, 128, 1),
         Whole(768, 4, 128, 1, AT_ONCE),
         Whole(896, 3, 128, 2, AT_ONCE),
+        Whole(1023, 4, 128, 0),
         Whole(1024, 8, 128, 0, STORED, 80),
     ),
     ("sixes", "heavy"): (
