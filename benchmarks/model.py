@@ -6,7 +6,7 @@
 Llama-3-8B and Qwen3-8B shapes with fewer layers and random bf16 weights (`gpu_model.py`). graph_ms
 is the replay of a CUDA graph of one call, of several instantiations the best for decode and the
 middle one for prefill (`placed`), call_ms one of many calls in a row without a graph, host_us the
-Python side of one call while the GPU is idle.
+Python side of one call while the GPU is idle (of decode the best, `call_times`).
 Agreement is over 64 greedy steps from an empty cache: `agree` and `bits`, equal argmax and
 bit-equal logits when fed eager's tokens; `first`, the earliest step at which a sequence that runs
 freely leaves eager's. `alone`: share of a row's logits whose bits are those of the row run by

@@ -75,7 +75,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
     ("threes", "light"): (
         Whole(64, 1, 128, 0, AT_ONCE),
         Whole(256, 1, 128, 1, AT_ONCE),
-        Whole(320, 2, 128, 1, AT_ONCE),
+        Whole(384, 2, 128, 1, AT_ONCE),
         Whole(448, 3, 128, 2, AT_ONCE),
         Whole(512, 2, 128, 1),
         Whole(640, 1, 128, 1, AT_ONCE),
@@ -86,7 +86,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
     ("threes", "float"): (
         Whole(64, 1, 128, 0, AT_ONCE),
         Whole(256, 1, 128, 1, AT_ONCE),
-        Whole(320, 2, 128, 1, AT_ONCE),
+        Whole(384, 2, 128, 1, AT_ONCE),
         Whole(448, 3, 128, 2, AT_ONCE),
         Whole(512, 2, 128, 1),
         Whole(640, 1, 128, 1, AT_ONCE),
@@ -123,6 +123,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(256, 1, 128, 1, AT_ONCE),
         Whole(384, 2, 128, 0, AT_ONCE),
         Whole(512, 1, 128, 2, AT_ONCE),
+        Whole(640, 4, 128, 0, AT_ONCE, 96),
         Whole(768, 2, 128, 2),
         Whole(1024, 2, 128, 2),
     ),
