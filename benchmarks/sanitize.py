@@ -1,4 +1,4 @@
-"""A dozen launches of `cuda.row` for compute-sanitizer, each checked against the reference.
+"""Some twenty launches of `cuda.row` for compute-sanitizer, each checked against the reference.
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python benchmarks/sanitize.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python benchmarks/sanitize.py
@@ -58,6 +58,7 @@ POINTS = (
     Point("bias and weights per head", BIAS, 12, 128, weight_rows=4),
     Point("float32", SINGLE, 3, 8192),
     Point("two chunks", LLAMA, 3, 16_384),
+    Point("few units of a second chunk", LLAMA, 400, 9216),
     Point("evicted last", RESIDUAL, 1030, 8192),
     Point("two chunks of one block each", RESIDUAL, 300, 16_384),
     Point("two blocks of a row", RESIDUAL, 64, 4096),

@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-HIDDEN = (8, 40, 120, 257, 1000, 2048, 5120, 8192, 16_384, 20_000)
+HIDDEN = (8, 40, 120, 257, 1000, 2048, 5120, 8192, 9216, 16_384, 20_000)
 THREADS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 256, 320, 512, 640, 1024)
 SEGMENTS = (32, 64, 128, 256, 512)
 ROWS = 37
