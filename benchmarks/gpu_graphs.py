@@ -96,9 +96,9 @@ def placed(
 ) -> dict[str, float]:
     """Milliseconds of each graph: of `rounds` instantiations, the columns in turns, the `chosen`.
 
-    The gaps between the kernels of an instantiated graph are 0.1 us or 0.45 us each, all of it
-    alike: one and the same model took 2,007 and 2,055 us. Which it is follows from what was
-    instantiated before, not from the kernels, so each column is placed several times, after others.
+    One and the same model took 2,007 and 2,055 us, by how far apart the kernels of a graph were, so
+    each column is placed several times, after others. That was before `graph_times` began with an
+    ordinary launch, which may be all there is to it (DESIGN 31).
     Of many short kernels the best is that of the kernels (`min`). Of products that fill the GPU the
     clock decides, which is higher after a column that draws less power: the middle one then.
     """

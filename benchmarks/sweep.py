@@ -80,7 +80,8 @@ def moments(
 ) -> Iterator[Schedule]:
     """When the weight is loaded and the next kernel let in; at once only where that may gain.
 
-    With registers for the room that the kernel has by itself, and for one wave of blocks.
+    With registers for the room that the kernel has by itself, and for one wave of blocks, or of a
+    large case for one and two blocks more.
     """
     spec = NormSpec.parse(case.spec)
     each, large = cuda_schedule.blocks_each(spread, case.normed_rows), case.moved >= LARGE
@@ -97,7 +98,8 @@ def moments(
             rooms[registers] = room(registers)
     for weight, registers in itertools.product(weights, rooms):
         one = dataclasses.replace(spread, weight=weight, registers=registers)
-        if not registers or rooms[0] < (rooms[registers] if large else each) <= rooms[registers]:
+        wave = rooms[registers] if large else each
+        if not registers or rooms[0] < wave <= rooms[registers]:
             yield from (dataclasses.replace(one, release=release) for release in releases)
         if not large and cuda_schedule.spreads_evenly(each, rooms[registers]):
             yield dataclasses.replace(one, release=AT_ONCE)

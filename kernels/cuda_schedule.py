@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 from fxpass.kernels import cuda_cluster_tables, cuda_source, cuda_tables, gpu_rows
 from fxpass.kernels.cuda_source import AT_ONCE, SUMMED, Schedule
@@ -72,7 +73,7 @@ def _rows_read_last(spec: NormSpec, hidden: int) -> int:
 def changes(spec: NormSpec, hidden: int) -> list[int]:
     """The numbers of rows at which another schedule may begin, on any device."""
     units = -(-hidden // gpu_rows.VECTOR)
-    own = _of_own_rows(cuda_source.kind(spec), units)
+    own = list(_of_own_rows(cuda_source.kind(spec), units))
     ends = {end for end, _ in own} - {cuda_cluster_tables.EVERY}
     ends |= {most for most, _ in cuda_tables.SIZES} | {cuda_cluster_tables.LONG_AT_ONCE}
     # Where `_with_room` counts a block more on a multiprocessor.
@@ -82,25 +83,19 @@ def changes(spec: NormSpec, hidden: int) -> list[int]:
     return sorted({1, _rows_read_last(spec, hidden)} | {end + 1 for end in ends})
 
 
-def _of_own_rows(kind: str, units: int) -> list[tuple[int, Schedule]]:
+def _of_own_rows(kind: str, units: int) -> Iterator[tuple[int, Schedule]]:
     """Schedules that have row counts of their own, not SIZES: the first for so many rows is it."""
     lanes = gpu_rows.MOST_LANES // gpu_rows.VECTOR
     if units > lanes:
-        return [
-            (found.most, _shared(found, lanes // found.segment))
-            for found in cuda_cluster_tables.SEVERAL_CHUNKS[kind]
-            if units <= found.up_to
-        ]
-    fitting = [
-        (-(-units // found.segment), found)
-        for found in cuda_cluster_tables.CLUSTERS.get(kind) or cuda_cluster_tables.CLUSTERS["light"]
-        if found.above < units <= found.up_to
-    ]
-    return [
-        (found.most // blocks, _shared(found, blocks))
-        for blocks, found in fitting
-        if blocks <= cuda_cluster_tables.MOST_BLOCKS
-    ]
+        for long in cuda_cluster_tables.SEVERAL_CHUNKS[kind]:
+            if units <= long.up_to:
+                yield long.most, _shared(long, lanes // long.segment)
+        return
+    clusters = cuda_cluster_tables.CLUSTERS
+    for found in clusters.get(kind) or clusters["light"]:
+        blocks = -(-units // found.segment)
+        if found.above < units <= found.up_to and blocks <= cuda_cluster_tables.MOST_BLOCKS:
+            yield found.most // blocks, _shared(found, blocks)
 
 
 def _shared(found: cuda_cluster_tables.Cluster | cuda_cluster_tables.Long, blocks: int) -> Schedule:
