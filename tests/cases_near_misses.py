@@ -238,6 +238,18 @@ def inverse_viewed_as_columns(x):
     return x * inverse.unsqueeze(0).transpose(1, 2)[..., :1].transpose(0, 1)
 
 
+# Rounded to bf16 and widened again, which is another tensor of the same dtype. Inductor drops the
+# pair before its hooks, with or without fxpass, unless it is told to emulate casts.
+@declines(DIFFERENT, F32)
+def inverse_of_a_rounded_copy(x):
+    return x * torch.rsqrt(rms(x.bfloat16().float()))
+
+
+@declines(DIFFERENT, F32)
+def rounded_copy_with_the_inverse_of_the_wide(x):
+    return x.bfloat16().float() * torch.rsqrt(rms(x))
+
+
 @untouched("f32[8,64]")
 def inverse_of_the_row_before(x):
     return x * torch.rsqrt(rms(x)).roll(1, 0)
