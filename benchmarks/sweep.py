@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,7 +29,7 @@ from tabulate import tabulate
 from fxpass.kernels import cuda_schedule, cuda_source, gpu_rows
 from fxpass.kernels.build_cache import BuildError
 from fxpass.kernels.cuda_call import RowKernel
-from fxpass.kernels.cuda_source import AT_ONCE, STORED, SUMMED, Schedule
+from fxpass.kernels.cuda_source import AT_ONCE, LOADED, STORED, SUMMED, Schedule
 from fxpass.spec import NormSpec
 
 SHORTLIST = 3
@@ -48,7 +48,11 @@ MOST_CLUSTERED = 4096
 LEAST, MOST = 32, 160
 """Registers of a thread."""
 LARGE = 128_000_000
-"""Bytes moved from which on the next kernel has no room to come in at once."""
+"""Bytes moved from which on the next kernel has no room to come in before the sum."""
+Moment = tuple[int, int, bool]
+"""When the weight is loaded, when the next kernel is let in, whether elements are widened again."""
+FIRST: tuple[Moment, ...] = ((1, SUMMED, True), (0, LOADED, True))
+FIRST_OF_LARGE: tuple[Moment, ...] = ((0, SUMMED, True),)
 
 
 def candidates(case: Case, clusters: bool, several: bool) -> Iterator[Schedule]:
@@ -71,14 +75,11 @@ def candidates(case: Case, clusters: bool, several: bool) -> Iterator[Schedule]:
             if segment // each >= 32 and 2 <= blocks <= 8:
                 found.add(Schedule(segment // each, 1, blocks=blocks, segment=segment))
     for one in sorted(found, key=dataclasses.astuple):
-        weight = 0 if case.moved >= LARGE else 1
-        yield from moments(case, one, [weight], [SUMMED])
+        yield from moments(case, one, FIRST_OF_LARGE if case.moved >= LARGE else FIRST)
 
 
-def moments(
-    case: Case, spread: Schedule, weights: Sequence[int], releases: Sequence[int]
-) -> Iterator[Schedule]:
-    """When the weight is loaded and the next kernel let in; at once only where that may gain.
+def moments(case: Case, spread: Schedule, every: Iterable[Moment]) -> Iterator[Schedule]:
+    """Of `every` those that may gain with a spread.
 
     With registers for the room that the kernel has by itself, and for one wave of blocks, or of a
     large case for one and two blocks more.
@@ -96,22 +97,33 @@ def moments(
         registers = cuda_source.LANE_REGISTERS // -(-wanted * warps // 4) // 8 * 8
         if LEAST <= registers <= MOST and wanted not in rooms.values():
             rooms[registers] = room(registers)
-    for weight, registers in itertools.product(weights, rooms):
-        one = dataclasses.replace(spread, weight=weight, registers=registers)
+    for (weight, release, again), registers in itertools.product(every, rooms):
         wave = rooms[registers] if large else each
-        if not registers or rooms[0] < wave <= rooms[registers]:
-            yield from (dataclasses.replace(one, release=release) for release in releases)
-        if not large and cuda_schedule.spreads_evenly(each, rooms[registers]):
-            yield dataclasses.replace(one, release=AT_ONCE)
+        if release in (AT_ONCE, LOADED):
+            gains = not large and cuda_schedule.spreads_evenly(each, rooms[registers])
+        else:
+            gains = not registers or rooms[0] < wave <= rooms[registers]
+        if gains and (again or _several_units(case, spread)):
+            moment = {"weight": weight, "release": release, "again": again}
+            yield dataclasses.replace(spread, registers=registers, **moment)
+
+
+def _several_units(case: Case, spread: Schedule) -> bool:
+    """Of a thread: one with one unit keeps it widened in any case."""
+    lanes = gpu_rows.lanes(case.hidden)
+    chunk = spread.segment or min(case.hidden, lanes) // gpu_rows.VECTOR
+    return case.hidden > lanes or chunk > spread.threads
 
 
 def refined(case: Case, best: list[Schedule]) -> Iterator[Schedule]:
     """The spreads of the best candidates, with all moments."""
     spreads = {
-        dataclasses.replace(one, weight=0, release=SUMMED, registers=0): None for one in best
+        dataclasses.replace(one, weight=0, release=SUMMED, registers=0, again=True): None
+        for one in best
     }
+    every = [*itertools.product(range(3), _RELEASES, (True, False))]
     for spread in [*spreads][:SHORTLIST]:
-        yield from moments(case, spread, range(3), (SUMMED, STORED))
+        yield from moments(case, spread, every)
 
 
 def built(spec: NormSpec, hidden: int, every: list[Schedule]) -> dict[Schedule, Norm]:
@@ -183,7 +195,7 @@ def sweep(case: Case, mode: str, spreads: str, inductor: bool) -> list[dict[str,
     ]
 
 
-_RELEASES = {AT_ONCE: "at once", SUMMED: "summed", STORED: "stored"}
+_RELEASES = {AT_ONCE: "at once", LOADED: "loaded", SUMMED: "summed", STORED: "stored"}
 
 
 def _word(one: Schedule) -> str:
@@ -191,7 +203,8 @@ def _word(one: Schedule) -> str:
     spread = f"{one.threads}x{one.rows}"
     if one.blocks > 1:
         spread = f"{one.threads}/{one.segment}x{one.blocks}"
-    more = f" r{one.registers}" * (one.registers > 0) + " last" * one.last
+    more = f" r{one.registers}" * (one.registers > 0) + " kept" * (not one.again)
+    more += " last" * one.last
     return f"{spread} w{one.weight} {_RELEASES[one.release]}{more}"
 
 

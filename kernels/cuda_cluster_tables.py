@@ -107,6 +107,8 @@ SEVERAL_CHUNKS: dict[str, tuple[Long, ...]] = {
         Long(198, 512, 256, 1),
         Long(264, ALL, 512, 0, STORED, up_to=2048),
         Long(1024, ALL, 512, 2, AT_ONCE, 40, up_to=1536),
+        Long(528, 128, 128, 0),
+        Long(1024, 256, 256, 1, up_to=1792),
         Long(1024, 128, 128, 0),
         Long(EVERY, ALL, 512, 0, SUMMED, up_to=1792),
         Long(EVERY, 128, 128, 0, SUMMED),

@@ -7,9 +7,10 @@
 // FX_ROWS               rows of a block
 // FX_BLOCKS             blocks of a row, a cluster of them (compute capability 9.0), or 1
 // FX_SEGMENT            units of 8 elements of a chunk that one of these blocks takes
-// FX_RELEASE            when the next kernel may be launched: 0 at once, 1 when the row is summed,
-//                       2 when it is stored
+// FX_RELEASE            when the next kernel may be launched: 0 at once, 1 when the loads are on their
+//                       way, 2 when the row is summed, 3 when it is stored
 // FX_WEIGHT             when it is loaded: 0 with x, 1 before threads add up, 2 after
+// FX_AGAIN              whether elements are widened again after the sum, not kept widened
 // FX_KEPT_BYTES         most of a row that a thread keeps in registers
 // FX_LAST               whether the L2 is to evict x and the residual last
 
@@ -163,7 +164,7 @@ FX_INLINE void run(const FxArgs& a) {
   // Stores may alias the inputs as far as the compiler knows, so each batch loads before it stores.
   constexpr int BATCH = Here::kept ? CHUNKS : 1;
   constexpr int WEIGHT = Here::kept ? FX_WEIGHT : 2;
-  constexpr bool FORGET = BATCH * MINE > 1 && sizeof(Unit<Normed>) == 16;
+  constexpr bool FORGET = FX_AGAIN && BATCH * MINE > 1 && sizeof(Unit<Normed>) == 16;
   const int row_of_block = FX_ROWS > 1 ? threadIdx.x / FX_THREADS : 0;
   const int t = threadIdx.x - row_of_block * FX_THREADS;
   const u32 r = blockIdx.x / FX_BLOCKS * (u32)FX_ROWS + row_of_block;
@@ -227,6 +228,12 @@ FX_INLINE void run(const FxArgs& a) {
           residual[c][m] = load<WIDE>(row.residual + at, row.own + at, policy);
       }
     if (WEIGHT == 0) load_weights(first);
+#if __CUDA_ARCH__ >= 900
+    // The assembler moves no load behind this. Elsewhere it puts the weight's behind the squares,
+    // which wait for x.
+    if (FX_RELEASE == 1 && first == 0 && sums)
+      asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 #pragma unroll
     for (int c = 0; c < BATCH; ++c)
 #pragma unroll
@@ -253,7 +260,7 @@ FX_INLINE void run(const FxArgs& a) {
   if (WEIGHT == 1) load_weights(0);
   const float squares = row_sum(lane, t, row_of_block);
 #if __CUDA_ARCH__ >= 900
-  if (FX_RELEASE == 1) asm volatile("griddepcontrol.launch_dependents;");
+  if (FX_RELEASE == 2) asm volatile("griddepcontrol.launch_dependents;");
 #endif
   if (!active) return;
   const float scale = S::row(squares, (float)FX_HIDDEN, (float)(1.0 / (double)FX_HIDDEN), a.eps);
@@ -272,7 +279,7 @@ FX_INLINE void run(const FxArgs& a) {
       }
   }
 #if __CUDA_ARCH__ >= 900
-  if (FX_RELEASE == 2) asm volatile("griddepcontrol.launch_dependents;");
+  if (FX_RELEASE == 3) asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 

@@ -41,8 +41,10 @@ registers, and a warp takes them by eights for each of its 32 threads."""
 _MOST_BLOCKS = 32
 """Of a multiprocessor."""
 
-AT_ONCE, SUMMED, STORED = range(3)
-"""Points of a row's work, at which the next kernel may be launched."""
+AT_ONCE, LOADED, SUMMED, STORED = range(4)
+"""Points of a row's work at which the next kernel may be launched. The first two are for grids
+whose blocks spread evenly (`cuda_schedule`). LOADED: x is on its way, and so is a weight that is
+loaded with it; what comes first that does not wait for other threads may be done as well."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,7 @@ class Schedule:
     rows: int
     """Of a block."""
     release: int = SUMMED
-    """When the next kernel may be launched: AT_ONCE, for grids that leave multiprocessors free,
-    SUMMED or STORED."""
+    """When the next kernel may be launched."""
     blocks: int = 1
     """Of a row: a cluster, each block with a segment (compute capability 9.0; one row a block)."""
     segment: int = 0
@@ -66,6 +67,9 @@ class Schedule:
     registers: int = 0
     """Of a thread at most, a multiple of 8: blocks that a multiprocessor has room for follow from
     it. 0: `_REGISTERS` has them."""
+    again: bool = True
+    """Widen the elements again after the sum: an instruction and a half more for each, and half the
+    registers while the threads add up. Of 16-bit elements, and threads with several units."""
     last: bool = False
     """Have the L2 evict x and the residual last: for what is far larger than it."""
 
@@ -109,6 +113,7 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
             f"#define FX_WEIGHT {schedule.weight}",
             f"#define FX_KEPT_BYTES {_KEPT_BYTES}",
             f"#define FX_LAST {int(schedule.last)}",
+            f"#define FX_AGAIN {int(schedule.again)}",
             header("cuda_pairs.h"),
             header("cuda_lanes.h"),
             header("cuda_units.h"),

@@ -21,7 +21,7 @@ from fxpass.kernels import (
     gpu_rows,
 )
 from fxpass.kernels.build_cache import BuildError
-from fxpass.kernels.cuda_source import AT_ONCE, STORED, SUMMED, Schedule
+from fxpass.kernels.cuda_source import AT_ONCE, LOADED, STORED, SUMMED, Schedule
 
 ALONE, SHARED, FEW, MANY = 1, 64, 512, 1 << 20
 """Numbers of rows, each with schedules of its own."""
@@ -96,9 +96,11 @@ def test_nothing_is_spilled(cubins, name, arch, tmp_path):
         assert -(-registers // 8) * 8 * schedule.threads * schedule.rows <= 65_536
 
 
-FEW_BYTES = 40
-"""That a thread may keep elsewhere. 768 x 8,192 with 8 of them: 7.4 us in one wave, 7.8 without;
-384 x 12,288 with 16: 3.9 us, 4.4 without."""
+def wide_path(cubin: bytes, folder: Path) -> str:
+    """The instructions for rows at multiples of 16 bytes, from the wait on: the first path."""
+    code = dump("-sass", cubin, folder).partition("ACQBULK")[2]
+    assert code.index("LDG.E.128") < code.index("LDG.E.U16")
+    return code.rpartition("STG.E.128")[0]
 
 
 @pytest.mark.usefixtures("nvrtc")
@@ -114,9 +116,8 @@ def test_registers_that_a_schedule_names_suffice(name, tmp_path):
     assert named
     for hidden, schedule in named:
         cubin = cuda_build._compile(cuda_source.source(spec, hidden, schedule), "sm_90")
+        assert not re.search(r"\b(STL|LDL)\b", wide_path(cubin, tmp_path)), (hidden, schedule)
         text = dump("--dump-resource-usage", cubin, tmp_path)
-        (stack, local) = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", text).groups()
-        assert (int(stack) <= FEW_BYTES, local) == (True, "0"), (hidden, schedule, stack)
         assert int(re.search(r"REG:(\d+)", text)[1]) <= schedule.registers, schedule
 
 
@@ -216,10 +217,10 @@ def test_all_schedules_are_built_before_a_launch(name, hidden):
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("hidden", [512, 2048, 3072, 6144, 8192, 16_384])
-def test_the_next_kernel_comes_in_at_once_only_where_its_blocks_spread_evenly(name, hidden):
+def test_the_next_kernel_comes_in_before_the_sum_only_where_its_blocks_spread_evenly(name, hidden):
     for rows in range(1, 5000):
         schedule = scheduled(name, hidden, rows)
-        if schedule.release == AT_ONCE:
+        if schedule.release in (AT_ONCE, LOADED):
             blocks = -(-rows // schedule.rows) * schedule.blocks
             each = -(-blocks // 132)
             room = cuda_source.room(ALL[name], hidden, schedule)
@@ -229,7 +230,7 @@ def test_the_next_kernel_comes_in_at_once_only_where_its_blocks_spread_evenly(na
 def test_rows_that_leave_room_for_half_a_grid_wait_for_the_sum():
     # 384 threads of 32 registers: five blocks to a multiprocessor, three of them rows.
     assert scheduled("nn_rms_norm", 6144, 384).release == SUMMED  # at once: 1.4 times as long
-    assert scheduled("residual", 2048, 512).release == AT_ONCE  # summed: 1.2 times as long
+    assert scheduled("residual", 2048, 512).release == LOADED  # summed: 1.2 times as long
 
 
 @pytest.mark.parametrize(
@@ -248,7 +249,8 @@ def test_what_is_far_larger_than_the_l2_is_evicted_last(name, row, least):
 @pytest.mark.parametrize(
     ("release", "wanted"),
     [
-        (AT_ONCE, ["PREEXIT", "BAR.SYNC", "STG.E.128"]),
+        (AT_ONCE, ["PREEXIT", "LDG.E.128", "BAR.SYNC", "STG.E.128"]),
+        (LOADED, ["LDG.E.128", "PREEXIT", "BAR.SYNC", "STG.E.128"]),
         (SUMMED, ["BAR.SYNC", "PREEXIT", "STG.E.128"]),
         (STORED, ["BAR.SYNC", "STG.E.128", "PREEXIT"]),
     ],
@@ -257,6 +259,25 @@ def test_the_next_kernel_is_let_in_when_the_schedule_says(release, wanted, tmp_p
     text = cuda_source.source(ALL["llama"], 4096, Schedule(256, 1, release))
     code = dump("-sass", cuda_build._compile(text, "sm_90"), tmp_path).partition("ACQBULK")[2]
     assert sorted(wanted, key=code.index) == wanted
+
+
+@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize("name", ["llama", "nn_rms_norm", "residual"])
+def test_a_weight_loaded_with_x_does_not_wait_for_it(name, tmp_path):
+    # The assembler put its load behind the squares (512 x 2048 hot: 1.70 us, 1.48 so).
+    text = cuda_source.source(ALL[name], 4096, Schedule(256, 1, LOADED))
+    code = wide_path(cuda_build._compile(text, "sm_90"), tmp_path)
+    before_arithmetic = re.split("FMUL|FADD", code)[0]
+    assert before_arithmetic.count("LDG.E.128") == (6 if name == "residual" else 4)
+
+
+@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize("again", [False, True])
+def test_elements_are_widened_once_where_the_schedule_says(again, tmp_path):
+    text = cuda_source.source(ALL["llama"], 4096, Schedule(256, 1, again=again))
+    code = wide_path(cuda_build._compile(text, "sm_90"), tmp_path)
+    halves = code.count("0xffff0000,")  # masks: one for two elements of each of two units
+    assert halves == (16 if again else 8)
 
 
 @pytest.mark.usefixtures("nvrtc")
