@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,7 +32,7 @@ from fxpass.kernels.cuda_call import RowKernel
 from fxpass.kernels.cuda_source import AT_ONCE, LOADED, STORED, SUMMED, Schedule
 from fxpass.spec import NormSpec
 
-SHORTLIST = 3
+SHORTLIST = 2
 """Spreads that are timed with all moments."""
 EACH = (1, 2, 3, 4, 5, 6, 7, 8)
 """Units of a thread."""
@@ -53,6 +53,14 @@ Moment = tuple[int, int, bool]
 """When the weight is loaded, when the next kernel is let in, whether elements are widened again."""
 FIRST: tuple[Moment, ...] = ((1, SUMMED, True), (0, LOADED, True))
 FIRST_OF_LARGE: tuple[Moment, ...] = ((0, SUMMED, True),)
+MOMENTS: tuple[Moment, ...] = tuple(
+    (weight, release, again)
+    for release, weights in ((AT_ONCE, (0, 1, 2)), (LOADED, (0, 2)), (SUMMED, (0, 1, 2)))
+    for weight in weights
+    for again in (True, False)
+)
+LAST: tuple[Moment, ...] = ((0, STORED, True), (1, STORED, True), (2, STORED, True))
+"""Of a large case also."""
 
 
 def candidates(case: Case, clusters: bool, several: bool) -> Iterator[Schedule]:
@@ -78,34 +86,44 @@ def candidates(case: Case, clusters: bool, several: bool) -> Iterator[Schedule]:
         yield from moments(case, one, FIRST_OF_LARGE if case.moved >= LARGE else FIRST)
 
 
-def moments(case: Case, spread: Schedule, every: Iterable[Moment]) -> Iterator[Schedule]:
+def moments(
+    case: Case, spread: Schedule, every: Iterable[Moment], rooms: Iterable[int] | None = None
+) -> Iterator[Schedule]:
     """Of `every` those that may gain with a spread.
 
-    With registers for the room that the kernel has by itself, and for one wave of blocks, or of a
-    large case for one and two blocks more.
+    rooms: registers of a thread; else those for the room that the kernel has by itself, and for one
+    wave of blocks, or of a large case for one and two blocks more.
     """
     spec = NormSpec.parse(case.spec)
     each, large = cuda_schedule.blocks_each(spread, case.normed_rows), case.moved >= LARGE
-    warps = -(-spread.threads * spread.rows // 32)
 
     def room(registers: int) -> int:
         with_them = dataclasses.replace(spread, registers=registers)
         return cuda_source.room(spec, case.hidden, with_them)
 
-    rooms = {0: room(0)}
-    for wanted in (rooms[0] + 1, rooms[0] + 2) if large else (each, 2 * each):
-        registers = cuda_source.LANE_REGISTERS // -(-wanted * warps // 4) // 8 * 8
-        if LEAST <= registers <= MOST and wanted not in rooms.values():
-            rooms[registers] = room(registers)
+    own = room(0)
+    if rooms is None:
+        rooms = _rooms(spread, (own + 1, own + 2) if large else (each, 2 * each), room)
     for (weight, release, again), registers in itertools.product(every, rooms):
-        wave = rooms[registers] if large else each
+        wave = room(registers) if large else each
         if release in (AT_ONCE, LOADED):
-            gains = not large and cuda_schedule.spreads_evenly(each, rooms[registers])
+            gains = not large and cuda_schedule.spreads_evenly(each, room(registers))
         else:
-            gains = not registers or rooms[0] < wave <= rooms[registers]
+            gains = not registers or own < wave <= room(registers)
         if gains and (again or _several_units(case, spread)):
             moment = {"weight": weight, "release": release, "again": again}
             yield dataclasses.replace(spread, registers=registers, **moment)
+
+
+def _rooms(spread: Schedule, wanted: Iterable[int], room: Callable[[int], int]) -> list[int]:
+    """Registers for the room that a kernel has by itself, and for so many blocks."""
+    found = {0: room(0)}
+    warps = -(-spread.threads * spread.rows // 32)
+    for blocks in wanted:
+        registers = cuda_source.LANE_REGISTERS // -(-blocks * warps // 4) // 8 * 8
+        if LEAST <= registers <= MOST and blocks not in found.values():
+            found[registers] = room(registers)
+    return [*found]
 
 
 def _several_units(case: Case, spread: Schedule) -> bool:
@@ -117,13 +135,11 @@ def _several_units(case: Case, spread: Schedule) -> bool:
 
 def refined(case: Case, best: list[Schedule]) -> Iterator[Schedule]:
     """The spreads of the best candidates, with all moments."""
-    spreads = {
-        dataclasses.replace(one, weight=0, release=SUMMED, registers=0, again=True): None
-        for one in best
-    }
-    every = [*itertools.product(range(3), _RELEASES, (True, False))]
+    plain = {"weight": 0, "release": SUMMED, "again": True}
+    spreads = {dataclasses.replace(one, **plain): None for one in best}
+    every = MOMENTS + LAST * (case.moved >= LARGE)
     for spread in [*spreads][:SHORTLIST]:
-        yield from moments(case, spread, every)
+        yield from moments(case, spread, every, [spread.registers])
 
 
 def built(spec: NormSpec, hidden: int, every: list[Schedule]) -> dict[Schedule, Norm]:

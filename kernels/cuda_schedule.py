@@ -31,14 +31,25 @@ def _spread(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int])
     table = cuda_tables.WHOLE.get((size, kind)) or cuda_tables.WHOLE[size, "light"]
     whole = next(found for found in table if units <= found.up_to)
     threads = threads_of(units, whole.each)
-    return Schedule(
+    found = Schedule(
         threads,
         max(1, whole.block // threads),
         whole.release,
         weight=whole.weight,
-        registers=whole.registers,
+        registers=max(0, whole.registers),
         again=whole.again,
     )
+    if whole.registers != cuda_tables.FIT:
+        return found
+    fit = _registers_of_one_wave(found, rows)
+    fewest = cuda_tables.FEWEST[-(-units // threads)]
+    return dataclasses.replace(found, registers=fit) if fit >= fewest else found
+
+
+def _registers_of_one_wave(one: Schedule, rows: int) -> int:
+    """Of a thread, a multiple of 8: most with which all blocks have a place at once."""
+    warps = blocks_each(one, rows) * -(-one.threads * one.rows // 32)
+    return min(cuda_source.LANE_REGISTERS // -(-warps // 4) // 8 * 8, cuda_tables.MOST_REGISTERS)
 
 
 def _with_room(spec: NormSpec, hidden: int, rows: int, found: Schedule) -> Schedule:

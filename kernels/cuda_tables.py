@@ -26,6 +26,14 @@ to several: multiprocessors wait for rows. some: the grid is over so soon that t
 come in at once. More are many: multiprocessors wait for memory."""
 
 
+FIT = -1
+"""Registers for one wave: as many as let a multiprocessor have room for just the blocks it gets. Or
+as many as a thread does well with, if those are fewer than FEWEST."""
+MOST_REGISTERS = 128
+FEWEST = {1: 32, 2: 32, 3: 40, 4: 48, 5: 56, 6: 64, 7: 80, 8: 80}
+"""By the units of a thread."""
+
+
 class Whole(NamedTuple):
     """Of rows that one block takes whole."""
 
@@ -39,11 +47,43 @@ class Whole(NamedTuple):
     weight: int
     release: int = SUMMED
     registers: int = 0
-    """Of a thread at most, so that all blocks are one wave; 0: as many as it does well with."""
+    """Of a thread at most, or FIT; 0: as many as it does well with."""
     again: bool = True
     """Whether it widens the elements again after the sum."""
 
 
+def _but(table: tuple[Whole, ...], *others: Whole) -> tuple[Whole, ...]:
+    """`table` with other entries for rows up to the same number of units."""
+    instead = {one.up_to: one for one in others}
+    return tuple(instead.get(one.up_to, one) for one in table)
+
+
+_THREES = (
+    Whole(64, 1, 128, 0, AT_ONCE),
+    Whole(256, 1, 128, 0, LOADED),
+    Whole(384, 2, 128, 0, LOADED, again=False),
+    Whole(512, 2, 128, 0, LOADED),
+    Whole(640, 1, 128, 1, AT_ONCE),
+    Whole(768, 2, 128, 1),
+    Whole(896, 4, 128, 0),
+    Whole(1024, 4, 128, 0, LOADED, FIT, again=False),
+)
+_SIXES = (
+    Whole(64, 1, 128, 0, AT_ONCE),
+    Whole(96, 3, 128, 1, AT_ONCE),
+    Whole(128, 1, 256, 1, AT_ONCE),
+    Whole(160, 3, 64, 1, AT_ONCE),
+    Whole(192, 1, 512, 1, AT_ONCE, 40),
+    Whole(256, 1, 128, 0, LOADED, FIT),
+    Whole(320, 1, 128, 1, AT_ONCE),
+    Whole(384, 3, 128, 0, LOADED, FIT, again=False),
+    Whole(448, 2, 128, 0, LOADED, FIT, again=False),
+    Whole(512, 4, 128, 0, LOADED, FIT, again=False),
+    Whole(640, 4, 128, 0, LOADED, FIT, again=False),
+    Whole(768, 4, 128, 1, AT_ONCE),
+    Whole(896, 7, 128, 0, LOADED, FIT),
+    Whole(1024, 4, 128, 0, LOADED, again=False),
+)
 WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
     ("alone", "light"): (
         Whole(256, 1, 128, 0, AT_ONCE),
@@ -75,30 +115,15 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(896, 2, 128, 1, AT_ONCE),
         Whole(1024, 1, 128, 1),
     ),
-    ("threes", "light"): (
-        Whole(64, 1, 128, 0, AT_ONCE),
-        Whole(256, 1, 128, 0, LOADED),
-        Whole(384, 2, 128, 0, LOADED, again=False),
-        Whole(512, 2, 128, 0, LOADED),
-        Whole(640, 1, 128, 1, AT_ONCE),
-        Whole(768, 2, 128, 1),
-        Whole(896, 4, 128, 0),
-        Whole(1024, 4, 128, 1),
-    ),
-    ("threes", "float"): (
-        Whole(64, 1, 128, 0, AT_ONCE),
-        Whole(256, 1, 128, 0, LOADED),
-        Whole(384, 2, 128, 0, LOADED, again=False),
-        Whole(512, 2, 128, 0, LOADED),
-        Whole(640, 1, 128, 1, AT_ONCE),
-        Whole(768, 2, 128, 1),
-        Whole(896, 3, 128, 0),
-        Whole(1024, 4, 128, 1),
+    ("threes", "light"): _THREES,
+    ("threes", "float"): _but(
+        _THREES,
+        Whole(896, 3, 128, 1, again=False),
     ),
     ("threes", "heavy"): (
         Whole(32, 1, 128, 0, AT_ONCE),
         Whole(256, 1, 128, 1, AT_ONCE),
-        Whole(512, 2, 128, 1, AT_ONCE),
+        Whole(512, 2, 128, 0, LOADED),
         Whole(640, 1, 128, 1, AT_ONCE),
         Whole(896, 2, 128, 1, AT_ONCE),
         Whole(1024, 4, 128, 1),
@@ -110,9 +135,11 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(192, 2, 128, 0, AT_ONCE),
         Whole(256, 1, 128, 0, LOADED),
         Whole(320, 2, 128, 0, LOADED),
-        Whole(512, 2, 128, 0, LOADED, 64),
+        Whole(384, 3, 128, 0, LOADED),
+        Whole(512, 2, 128, 0, LOADED, FIT),
+        Whole(576, 3, 128, 0, LOADED, FIT),
         Whole(640, 2, 128, 0, LOADED, again=False),
-        Whole(768, 2, 128, 0),
+        Whole(768, 3, 128, 0, LOADED, again=False),
         Whole(1024, 4, 128, 0, LOADED, again=False),
     ),
     ("fours", "float"): (
@@ -121,7 +148,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(128, 1, 128, 1, AT_ONCE),
         Whole(192, 2, 128, 0, AT_ONCE),
         Whole(256, 1, 128, 0, LOADED),
-        Whole(384, 2, 128, 0, AT_ONCE),
+        Whole(384, 3, 128, 0, LOADED),
         Whole(512, 1, 128, 0, LOADED),
         Whole(640, 3, 128, 1, again=False),
         Whole(1024, 2, 128, 2),
@@ -136,26 +163,16 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(896, 7, 128, 1),
         Whole(1024, 4, 128, 1, AT_ONCE),
     ),
-    ("sixes", "light"): (
-        Whole(64, 1, 128, 0, AT_ONCE),
-        Whole(96, 3, 128, 1, AT_ONCE),
-        Whole(128, 1, 256, 1, AT_ONCE),
-        Whole(160, 3, 64, 1, AT_ONCE),
-        Whole(192, 1, 512, 1, AT_ONCE, 40),
-        Whole(256, 1, 128, 0, LOADED, 40),
-        Whole(320, 1, 128, 1, AT_ONCE),
-        Whole(384, 3, 128, 1),
-        Whole(448, 2, 128, 0, LOADED, again=False),
-        Whole(512, 4, 128, 0, LOADED, 80, again=False),
-        Whole(640, 4, 128, 0, LOADED, again=False),
-        Whole(768, 4, 128, 1, AT_ONCE),
-        Whole(896, 3, 128, 2, AT_ONCE),
-        Whole(1024, 4, 128, 0, LOADED, again=False),
+    ("sixes", "light"): _SIXES,
+    ("sixes", "float"): _but(
+        _SIXES,
+        Whole(384, 2, 128, 0, LOADED, FIT),
+        Whole(896, 5, 128, 0, LOADED, FIT),
     ),
     ("sixes", "heavy"): (
         Whole(64, 1, 128, 0, AT_ONCE),
         Whole(128, 1, 256, 1, AT_ONCE),
-        Whole(256, 2, 128, 1, AT_ONCE),
+        Whole(256, 1, 128, 0, LOADED, FIT),
         Whole(384, 3, 128, 1),
         Whole(512, 2, 128, 0, LOADED),
         Whole(640, 2, 128, 2, STORED, 32),
@@ -171,13 +188,13 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(192, 1, 128, 0, AT_ONCE, 40),
         Whole(256, 1, 256, 1, AT_ONCE),
         Whole(320, 3, 256, 0, AT_ONCE),
-        Whole(384, 3, 128, 1),
+        Whole(384, 3, 128, 0, LOADED, FIT),
         Whole(448, 3, 128, 2, STORED, 48),
         Whole(512, 4, 128, 0, LOADED),
-        Whole(640, 4, 128, 0, AT_ONCE),
+        Whole(640, 4, 128, 0, LOADED, FIT),
         Whole(768, 4, 128, 0, LOADED, again=False),
         Whole(896, 4, 128, 0),
-        Whole(1024, 4, 128, 2, AT_ONCE),
+        Whole(1024, 4, 128, 0, LOADED, again=False),
     ),
     ("several", "heavy"): (
         Whole(64, 1, 128, 0, AT_ONCE),
@@ -199,7 +216,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(96, 3, 128, 0, STORED),
         Whole(128, 1, 256, 2, AT_ONCE),
         Whole(192, 2, 192, 0, AT_ONCE),
-        Whole(256, 2, 128, 0, LOADED, 32),
+        Whole(256, 2, 128, 0, LOADED, FIT),
         Whole(320, 2, 128, 0, AT_ONCE, 32),
         Whole(384, 4, 128, 1, SUMMED, 56),
         Whole(448, 3, 128, 0, AT_ONCE),
