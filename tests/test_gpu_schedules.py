@@ -16,7 +16,7 @@ from test_gpu_kernels import on_device
 
 from fxpass.kernels import by_name
 from fxpass.kernels.cuda_call import RowKernel
-from fxpass.kernels.cuda_source import Schedule
+from fxpass.kernels.cuda_source import AT_ONCE, LOADED, STORED, SUMMED, Schedule
 from fxpass.spec import NormSpec
 
 pytestmark = [
@@ -40,7 +40,8 @@ def is_legal(units: int, schedule: Schedule) -> bool:
 
 
 def schedules(hidden: int) -> Iterator[Schedule]:
-    """All that are legal, with every time to load the weight and to let the next kernel in."""
+    """All that are legal, with every time to load the weight, and by turns with every time to let
+    the next kernel in, elements widened again or not."""
     units = units_of(hidden)
     found = [
         Schedule(threads, max(1, block // threads))
@@ -52,9 +53,12 @@ def schedules(hidden: int) -> Iterator[Schedule]:
             for threads, segment in itertools.product(THREADS, SEGMENTS)
             if threads >= 32 and segment % threads == 0 and 2 <= -(-units // segment) <= 8
         ]
-    for schedule, weight in itertools.product(dict.fromkeys(found), range(3)):
-        if is_legal(units, schedule):
-            yield dataclasses.replace(schedule, weight=weight, last=weight == 1, release=weight)
+    legal = [one for one in dict.fromkeys(found) if is_legal(units, one)]
+    turns = itertools.cycle(itertools.product((AT_ONCE, LOADED, SUMMED, STORED), (True, False)))
+    for schedule, weight in itertools.product(legal, range(3)):
+        release, again = next(turns)
+        moment = {"weight": weight, "release": release, "again": again, "last": weight == 1}
+        yield dataclasses.replace(schedule, **moment)
 
 
 def layouts(spec: NormSpec, hidden: int) -> Iterator[Inputs]:
