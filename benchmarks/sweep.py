@@ -32,7 +32,7 @@ from fxpass.kernels.cuda_call import RowKernel
 from fxpass.kernels.cuda_source import AT_ONCE, LOADED, STORED, SUMMED, Schedule
 from fxpass.spec import NormSpec
 
-SHORTLIST = 2
+SHORTLIST = 3
 """Spreads that are timed with all moments."""
 EACH = (1, 2, 3, 4, 5, 6, 7, 8)
 """Units of a thread."""
@@ -59,8 +59,7 @@ MOMENTS: tuple[Moment, ...] = tuple(
     for weight in weights
     for again in (True, False)
 )
-LAST: tuple[Moment, ...] = ((0, STORED, True), (1, STORED, True), (2, STORED, True))
-"""Of a large case also."""
+MORE_OF_LARGE: tuple[Moment, ...] = tuple((weight, STORED, True) for weight in range(3))
 
 
 def candidates(case: Case, clusters: bool, several: bool) -> Iterator[Schedule]:
@@ -118,9 +117,8 @@ def moments(
 def _rooms(spread: Schedule, wanted: Iterable[int], room: Callable[[int], int]) -> list[int]:
     """Registers for the room that a kernel has by itself, and for so many blocks."""
     found = {0: room(0)}
-    warps = -(-spread.threads * spread.rows // 32)
     for blocks in wanted:
-        registers = cuda_source.LANE_REGISTERS // -(-blocks * warps // 4) // 8 * 8
+        registers = cuda_schedule.registers_for(spread, blocks)
         if LEAST <= registers <= MOST and blocks not in found.values():
             found[registers] = room(registers)
     return [*found]
@@ -137,7 +135,7 @@ def refined(case: Case, best: list[Schedule]) -> Iterator[Schedule]:
     """The spreads of the best candidates, with all moments."""
     plain = {"weight": 0, "release": SUMMED, "again": True}
     spreads = {dataclasses.replace(one, **plain): None for one in best}
-    every = MOMENTS + LAST * (case.moved >= LARGE)
+    every = MOMENTS + MORE_OF_LARGE * (case.moved >= LARGE)
     for spread in [*spreads][:SHORTLIST]:
         yield from moments(case, spread, every, [spread.registers])
 

@@ -41,15 +41,15 @@ def _spread(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int])
     )
     if whole.registers != cuda_tables.FIT:
         return found
-    fit = _registers_of_one_wave(found, rows)
+    fit = min(registers_for(found, blocks_each(found, rows)), cuda_tables.MOST_REGISTERS)
     fewest = cuda_tables.FEWEST[-(-units // threads)]
     return dataclasses.replace(found, registers=fit) if fit >= fewest else found
 
 
-def _registers_of_one_wave(one: Schedule, rows: int) -> int:
-    """Of a thread, a multiple of 8: most with which all blocks have a place at once."""
-    warps = blocks_each(one, rows) * -(-one.threads * one.rows // 32)
-    return min(cuda_source.LANE_REGISTERS // -(-warps // 4) // 8 * 8, cuda_tables.MOST_REGISTERS)
+def registers_for(one: Schedule, blocks: int) -> int:
+    """Most that a thread may have where a multiprocessor holds so many blocks: a multiple of 8."""
+    warps = blocks * -(-one.threads * one.rows // 32)
+    return cuda_source.LANE_REGISTERS // -(-warps // 4) // 8 * 8
 
 
 def _with_room(spec: NormSpec, hidden: int, rows: int, found: Schedule) -> Schedule:

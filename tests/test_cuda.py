@@ -105,20 +105,24 @@ def wide_path(cubin: bytes, folder: Path) -> str:
 
 @pytest.mark.usefixtures("nvrtc")
 @pytest.mark.parametrize("name", [*MAIN, "llama_f16", "one_over_sqrt"])
-def test_registers_that_a_schedule_names_suffice(name, tmp_path):
+def test_registers_that_a_schedule_names_or_needs_suffice(name, tmp_path):
     spec = ALL[name]
-    named = {
+    every = {
         (hidden, dataclasses.replace(scheduled(name, hidden, rows), last=False))
         for hidden in (*range(512, 8193, 512), 8200, 9216, 12_288, 14_336, 16_384)
         for rows in cuda_schedule.changes(spec, hidden)
-        if scheduled(name, hidden, rows).registers
     }
-    assert named
-    for hidden, schedule in named:
-        cubin = cuda_build._compile(cuda_source.source(spec, hidden, schedule), "sm_90")
-        assert not re.search(r"\b(STL|LDL)\b", wide_path(cubin, tmp_path)), (hidden, schedule)
-        text = dump("--dump-resource-usage", cubin, tmp_path)
-        assert int(re.search(r"REG:(\d+)", text)[1]) <= schedule.registers, schedule
+    few = [one for one in every if one[1].registers or not one[1].again]
+    assert few
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(
+            lambda one: cuda_build._compile(cuda_source.source(spec, *one), "sm_90"), few
+        )
+        for (hidden, schedule), cubin in zip(few, made, strict=True):
+            assert not re.search(r"\b(STL|LDL)\b", wide_path(cubin, tmp_path)), (hidden, schedule)
+            text = dump("--dump-resource-usage", cubin, tmp_path)
+            registers = int(re.search(r"REG:(\d+)", text)[1])
+            assert registers <= (schedule.registers or registers), schedule
 
 
 @pytest.mark.usefixtures("nvrtc")
