@@ -61,7 +61,7 @@ def _but(table: tuple[Whole, ...], *others: Whole) -> tuple[Whole, ...]:
 _THREES = (
     Whole(64, 1, 128, 0, AT_ONCE),
     Whole(256, 1, 128, 0, LOADED),
-    Whole(384, 2, 128, 0, LOADED, again=False),
+    Whole(384, 2, 128, 0, LOADED, FIT, again=False),
     Whole(512, 2, 128, 0, LOADED),
     Whole(640, 1, 128, 1, AT_ONCE),
     Whole(768, 2, 128, 1),
