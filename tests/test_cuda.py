@@ -268,7 +268,7 @@ def test_the_next_kernel_is_let_in_when_the_schedule_says(release, wanted, tmp_p
 @pytest.mark.usefixtures("nvrtc")
 @pytest.mark.parametrize("name", ["llama", "nn_rms_norm", "residual"])
 def test_a_weight_loaded_with_x_does_not_wait_for_it(name, tmp_path):
-    # The assembler put its load behind the squares (512 x 2048 hot: 1.70 us, 1.48 so).
+    # The assembler puts its load behind the squares where nothing keeps it from that.
     text = cuda_source.source(ALL[name], 4096, Schedule(256, 1, LOADED))
     code = wide_path(cuda_build._compile(text, "sm_90"), tmp_path)
     before_arithmetic = re.split("FMUL|FADD", code)[0]
