@@ -109,7 +109,8 @@ def moments(
             gains = not large and cuda_schedule.spreads_evenly(each, room(registers))
         else:
             gains = not registers or own < wave <= room(registers)
-        if gains and (again or _several_units(case, spread)):
+        # A thread with one unit keeps it widened in any case.
+        if gains and (again or cuda_source.units_of_thread(case.hidden, spread) > 1):
             moment = {"weight": weight, "release": release, "again": again}
             yield dataclasses.replace(spread, registers=registers, **moment)
 
@@ -122,13 +123,6 @@ def _rooms(spread: Schedule, wanted: Iterable[int], room: Callable[[int], int]) 
         if LEAST <= registers <= MOST and blocks not in found.values():
             found[registers] = room(registers)
     return [*found]
-
-
-def _several_units(case: Case, spread: Schedule) -> bool:
-    """Of a thread: one with one unit keeps it widened in any case."""
-    lanes = gpu_rows.lanes(case.hidden)
-    chunk = spread.segment or min(case.hidden, lanes) // gpu_rows.VECTOR
-    return case.hidden > lanes or chunk > spread.threads
 
 
 def refined(case: Case, best: list[Schedule]) -> Iterator[Schedule]:

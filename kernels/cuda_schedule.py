@@ -36,14 +36,17 @@ def _spread(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int])
         max(1, whole.block // threads),
         whole.release,
         weight=whole.weight,
-        registers=max(0, whole.registers),
+        registers=whole.registers,
         again=whole.again,
     )
-    if whole.registers != cuda_tables.FIT:
-        return found
+    return _fitted(hidden, rows, found) if whole.registers == cuda_tables.FIT else found
+
+
+def _fitted(hidden: int, rows: int, found: Schedule) -> Schedule:
+    """With the registers that `cuda_tables.FIT` stands for."""
     fit = min(registers_for(found, blocks_each(found, rows)), cuda_tables.MOST_REGISTERS)
-    fewest = cuda_tables.FEWEST[-(-units // threads)]
-    return dataclasses.replace(found, registers=fit) if fit >= fewest else found
+    fewest = cuda_tables.FEWEST[cuda_source.units_of_thread(hidden, found)]
+    return dataclasses.replace(found, registers=fit if fit >= fewest else 0)
 
 
 def registers_for(one: Schedule, blocks: int) -> int:
@@ -88,7 +91,7 @@ def changes(spec: NormSpec, hidden: int) -> list[int]:
     own = list(_of_own_rows(cuda_source.kind(spec), units))
     ends = {end for end, _ in own} - {cuda_cluster_tables.EVERY}
     ends |= {most for most, _ in cuda_tables.SIZES} | {cuda_cluster_tables.LONG_AT_ONCE}
-    # Where `_with_room` counts a block more on a multiprocessor.
+    # Where `_fitted` and `_with_room` count a block more on a multiprocessor.
     few, step = cuda_tables.SIZES[-1][0], cuda_tables.MULTIPROCESSORS
     for end, blocks in [(few, 1), *((end, found.blocks) for end, found in own)]:
         ends |= {n // blocks for n in range(step, min(end, few) * blocks + 1, step)}

@@ -136,15 +136,20 @@ def source(spec: NormSpec, hidden: int, schedule: Schedule) -> str:
 
 def room(spec: NormSpec, hidden: int, schedule: Schedule) -> int:
     """Blocks a multiprocessor has room for at least, which limits the registers. 1: unknown."""
-    lanes = gpu_rows.lanes(hidden)
-    segment = schedule.segment if schedule.blocks > 1 else -(-min(hidden, lanes) // gpu_rows.VECTOR)
-    units = -(-segment // schedule.threads) * -(-hidden // lanes)
+    units = units_of_thread(hidden, schedule)
     registers = schedule.registers or _REGISTERS[kind(spec)].get(units)
     held = (spec.x, spec.residual, spec.weight, spec.bias, spec.normed, spec.out)
     if registers is None or not all(dtype is None or is_narrow(dtype) for dtype in held):
         return 1
     warps = 4 * (LANE_REGISTERS // registers)
     return min(_MOST_BLOCKS, max(1, warps // -(-schedule.threads * schedule.rows // 32)))
+
+
+def units_of_thread(hidden: int, schedule: Schedule) -> int:
+    """Units of 8 elements that a thread takes of a row, at most."""
+    lanes = gpu_rows.lanes(hidden)
+    segment = schedule.segment if schedule.blocks > 1 else -(-min(hidden, lanes) // gpu_rows.VECTOR)
+    return -(-segment // schedule.threads) * -(-hidden // lanes)
 
 
 def before_product(spec: NormSpec) -> list[Statement] | None:

@@ -25,11 +25,11 @@ SIZES = (
 to several: multiprocessors wait for rows. some: the grid is over so soon that the next kernel may
 come in at once. More are many: multiprocessors wait for memory."""
 
-
 FIT = -1
 """Registers for one wave: as many as let a multiprocessor have room for just the blocks it gets. Or
 as many as a thread does well with, if those are fewer than FEWEST."""
 MOST_REGISTERS = 128
+"""That FIT stands for."""
 FEWEST = {1: 32, 2: 32, 3: 40, 4: 48, 5: 56, 6: 64, 7: 80, 8: 80}
 """By the units of a thread."""
 
@@ -78,7 +78,6 @@ _SIXES = (
     Whole(320, 1, 128, 1, AT_ONCE),
     Whole(384, 3, 128, 0, LOADED, FIT, again=False),
     Whole(448, 2, 128, 0, LOADED, FIT, again=False),
-    Whole(512, 4, 128, 0, LOADED, FIT, again=False),
     Whole(640, 4, 128, 0, LOADED, FIT, again=False),
     Whole(768, 4, 128, 1, AT_ONCE),
     Whole(896, 7, 128, 0, LOADED, FIT),
