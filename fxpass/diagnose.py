@@ -115,7 +115,7 @@ def _reason(root: Term, reduction: Term, applied: Term | None) -> str | None:
 
 def _inner_reason(inner: Term, reduction: Term) -> str | None:
     if inner.op == "pow":
-        return f"{reduction.op} of x**{inner.params[0]:g}; x**2 is needed"
+        return f"{reduction.op} of x**{inner.params[0]:.12g}; x**2 is needed"
     if inner.op == "abs":
         return f"{reduction.op} of absolute values, not of squares"
     if inner.op == "mul":
@@ -141,7 +141,7 @@ def _dtype_reason(*terms: Term) -> str | None:
 
 def _root_reason(root: Term) -> str | None:
     if root.op == "pow":
-        return f"the mean is raised to {root.params[0]:g}; -0.5 is needed"
+        return f"the mean is raised to {root.params[0]:.12g}; -0.5 is needed"
     return None
 
 

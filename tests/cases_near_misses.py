@@ -250,6 +250,22 @@ def rounded_copy_with_the_inverse_of_the_wide(x):
     return x.bfloat16().float() * torch.rsqrt(rms(x))
 
 
+@declines(DIFFERENT, "f32[8,64]")
+def one_inverse_for_all_groups_of_the_row(x):
+    inverse = torch.rsqrt(rms(x))
+    return (x.view(8, 4, 16) * inverse.unsqueeze(-1)).view(8, 64)
+
+
+@declines(r"mean of x\*\*2\.000001; x\*\*2 is needed", F32)
+def exponent_next_to_two(x):
+    return x * torch.rsqrt(x.abs().pow(2.000001).mean(-1, keepdim=True) + 1e-6)
+
+
+@declines(r"raised to -0\.49999999; -0\.5 is needed", F32)
+def exponent_next_to_a_root(x):
+    return x * rms(x).pow(-0.49999999)
+
+
 @untouched("f32[8,64]")
 def inverse_of_the_row_before(x):
     return x * torch.rsqrt(rms(x)).roll(1, 0)
