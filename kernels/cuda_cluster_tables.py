@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fxpass.kernels.cuda_source import AT_ONCE, STORED, SUMMED
+from fxpass.kernels.cuda_source import AT_ONCE, LOADED, STORED, SUMMED
 
 LONG = {"light": 512, "float": 1024, "heavy": 1024}
 """Threads of a row of several chunks that fits no entry, by kind."""
@@ -71,6 +71,8 @@ class Long(NamedTuple):
     """As above."""
     up_to: int = EVERY
     """Units of the rows that gain."""
+    again: bool = True
+    """As of `cuda_tables.Whole`."""
 
 
 ALL = 1024
@@ -81,8 +83,11 @@ _NOT_HEAVY = (
     Long(132, ALL, 512, 2, up_to=1536),
     Long(264, ALL, 512, 1, SUMMED, up_to=1536),
     Long(396, ALL, 512, 1, SUMMED, 40, up_to=1536),
+    Long(528, ALL, 512, 1, AT_ONCE, 40, up_to=1280),
+    Long(528, ALL, 256, 0, LOADED, 64, up_to=1536),
     Long(4096, ALL, 512, 1, AT_ONCE, 40, up_to=1536),
     Long(EVERY, ALL, 512, 1, SUMMED, 40, up_to=1536),
+    Long(132, 512, 512, 0, AT_ONCE, 64, up_to=1792, again=False),
     Long(132, 256, 128, 1),
 )
 """What light and float begin with. Up to 1,536 units the second chunk is half full at most: where
@@ -90,7 +95,9 @@ blocks share the row, some have no part of it and wait (4,096 rows of 9,216: 56 
 SEVERAL_CHUNKS: dict[str, tuple[Long, ...]] = {
     "light": (
         *_NOT_HEAVY,
+        Long(264, ALL, 512, 1, AT_ONCE, up_to=1792, again=False),
         Long(264, ALL, 512, 0, STORED, up_to=2048),
+        Long(528, ALL, 512, 0, LOADED, up_to=1792, again=False),
         Long(1024, 256, 128, 0),
         Long(EVERY, 512, 256, 2, SUMMED, 48, up_to=1792),
         Long(4096, 512, 512, 2, SUMMED, 32),
@@ -105,6 +112,7 @@ SEVERAL_CHUNKS: dict[str, tuple[Long, ...]] = {
         Long(33, 128, 128, 1),
         Long(132, 512, 512, 1),
         Long(198, 512, 256, 1),
+        Long(264, ALL, 512, 0, LOADED, up_to=1280),
         Long(264, ALL, 512, 0, STORED, up_to=2048),
         Long(1024, ALL, 512, 2, AT_ONCE, 40, up_to=1536),
         Long(528, 128, 128, 0),

@@ -104,7 +104,8 @@ def _of_own_rows(kind: str, units: int) -> Iterator[tuple[int, Schedule]]:
     if units > lanes:
         for long in cuda_cluster_tables.SEVERAL_CHUNKS[kind]:
             if units <= long.up_to:
-                yield long.most, _shared(long, lanes // long.segment)
+                one = _shared(long, lanes // long.segment)
+                yield long.most, dataclasses.replace(one, again=long.again)
         return
     clusters = cuda_cluster_tables.CLUSTERS
     for found in clusters.get(kind) or clusters["light"]:

@@ -17,6 +17,7 @@ SIZES = (
     (264, "pairs"),
     (396, "threes"),
     (528, "fours"),
+    (660, "fives"),
     (792, "sixes"),
     (1024, "several"),
     (4096, "some"),
@@ -53,9 +54,9 @@ class Whole(NamedTuple):
 
 
 def _but(table: tuple[Whole, ...], *others: Whole) -> tuple[Whole, ...]:
-    """`table` with other entries for rows up to the same number of units."""
-    instead = {one.up_to: one for one in others}
-    return tuple(instead.get(one.up_to, one) for one in table)
+    """`table` with other entries: more of them, or instead of those up to as many units."""
+    entries = {one.up_to: one for one in (*table, *others)}
+    return tuple(entries[up_to] for up_to in sorted(entries))
 
 
 _THREES = (
@@ -78,10 +79,28 @@ _SIXES = (
     Whole(320, 1, 128, 1, AT_ONCE),
     Whole(384, 3, 128, 0, LOADED, FIT, again=False),
     Whole(448, 2, 128, 0, LOADED, FIT, again=False),
+    Whole(576, 3, 128, 0, AT_ONCE, FIT, again=False),
     Whole(640, 4, 128, 0, LOADED, FIT, again=False),
     Whole(768, 4, 128, 1, AT_ONCE),
+    Whole(832, 5, 128, 0, SUMMED, FIT),
     Whole(896, 7, 128, 0, LOADED, FIT),
     Whole(1024, 4, 128, 0, LOADED, again=False),
+)
+_SIXES_FLOAT = _but(
+    _SIXES,
+    Whole(384, 2, 128, 0, LOADED, FIT),
+    Whole(896, 5, 128, 0, LOADED, FIT),
+)
+_SIXES_HEAVY = (
+    Whole(64, 1, 128, 0, AT_ONCE),
+    Whole(128, 1, 256, 1, AT_ONCE),
+    Whole(256, 1, 128, 0, LOADED, FIT),
+    Whole(384, 3, 128, 1),
+    Whole(512, 2, 128, 0, LOADED),
+    Whole(640, 4, 128, 2, again=False),
+    Whole(768, 5, 128, 0),
+    Whole(896, 2, 128, 2),
+    Whole(1024, 1, 128, 0, AT_ONCE),
 )
 WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
     ("alone", "light"): (
@@ -136,7 +155,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(320, 2, 128, 0, LOADED),
         Whole(384, 3, 128, 0, LOADED),
         Whole(512, 2, 128, 0, LOADED, FIT),
-        Whole(576, 3, 128, 0, LOADED, FIT),
+        Whole(576, 2, 128, 0, LOADED, FIT, again=False),
         Whole(640, 2, 128, 0, LOADED, again=False),
         Whole(768, 3, 128, 0, LOADED, again=False),
         Whole(1024, 4, 128, 0, LOADED, again=False),
@@ -162,33 +181,29 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(896, 7, 128, 1),
         Whole(1024, 4, 128, 1, AT_ONCE),
     ),
-    ("sixes", "light"): _SIXES,
-    ("sixes", "float"): _but(
+    ("fives", "light"): _but(
         _SIXES,
-        Whole(384, 2, 128, 0, LOADED, FIT),
-        Whole(896, 5, 128, 0, LOADED, FIT),
+        Whole(320, 2, 128, 0, LOADED, FIT),
+        Whole(896, 4, 128, 1, SUMMED, FIT),
     ),
-    ("sixes", "heavy"): (
-        Whole(64, 1, 128, 0, AT_ONCE),
-        Whole(128, 1, 256, 1, AT_ONCE),
-        Whole(256, 1, 128, 0, LOADED, FIT),
-        Whole(384, 3, 128, 1),
-        Whole(512, 2, 128, 0, LOADED),
-        Whole(640, 2, 128, 2, STORED, 32),
-        Whole(768, 5, 128, 0),
-        Whole(896, 2, 128, 2),
-        Whole(1024, 1, 128, 0, AT_ONCE),
+    ("fives", "float"): _but(
+        _SIXES_FLOAT,
+        Whole(320, 2, 128, 0, LOADED, FIT),
     ),
+    ("fives", "heavy"): _SIXES_HEAVY,
+    ("sixes", "light"): _SIXES,
+    ("sixes", "float"): _SIXES_FLOAT,
+    ("sixes", "heavy"): _SIXES_HEAVY,
     ("several", "light"): (
         Whole(64, 1, 128, 0, AT_ONCE),
         Whole(96, 3, 128, 1, AT_ONCE),
         Whole(128, 1, 256, 1, AT_ONCE),
         Whole(160, 3, 64, 1, AT_ONCE),
-        Whole(192, 1, 128, 0, AT_ONCE, 40),
+        Whole(192, 2, 128, 1, AT_ONCE),
         Whole(256, 1, 256, 1, AT_ONCE),
-        Whole(320, 3, 256, 0, AT_ONCE),
+        Whole(320, 2, 128, 0, LOADED, FIT),
         Whole(384, 3, 128, 0, LOADED, FIT),
-        Whole(448, 3, 128, 2, STORED, 48),
+        Whole(448, 4, 128, 0, LOADED, FIT),
         Whole(512, 4, 128, 0, LOADED),
         Whole(640, 4, 128, 0, LOADED, FIT),
         Whole(768, 2, 128, 0, LOADED),
@@ -202,6 +217,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(256, 1, 128, 0, LOADED),
         Whole(384, 3, 128, 1),
         Whole(512, 4, 128, 2, AT_ONCE),
+        Whole(576, 4, 128, 2, AT_ONCE, FIT, again=False),
         Whole(640, 2, 128, 2),
         Whole(768, 5, 128, 0),
         Whole(896, 2, 128, 2),

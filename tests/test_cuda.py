@@ -103,7 +103,7 @@ def wide_path(cubin: bytes, folder: Path) -> str:
     return code.rpartition("STG.E.128")[0]
 
 
-UNALIGNED_BYTES = 224
+UNALIGNED_BYTES = 256
 """That a thread may keep elsewhere for rows that are not at multiples of 16 bytes."""
 
 
