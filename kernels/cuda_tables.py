@@ -61,6 +61,7 @@ def _but(table: tuple[Whole, ...], *others: Whole) -> tuple[Whole, ...]:
 
 _THREES = (
     Whole(64, 1, 128, 0, AT_ONCE),
+    Whole(128, 1, 128, 1, AT_ONCE),
     Whole(256, 1, 128, 0, LOADED),
     Whole(384, 2, 128, 0, LOADED, FIT, again=False),
     Whole(512, 2, 128, 0, LOADED),
@@ -173,6 +174,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
     ),
     ("fours", "heavy"): (
         Whole(32, 1, 128, 0, AT_ONCE),
+        Whole(128, 1, 128, 1, AT_ONCE),
         Whole(256, 1, 128, 0, LOADED),
         Whole(384, 2, 128, 0, LOADED),
         Whole(512, 1, 128, 0, LOADED),
