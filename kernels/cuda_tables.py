@@ -80,6 +80,7 @@ _SIXES = (
     Whole(320, 1, 128, 1, AT_ONCE),
     Whole(384, 3, 128, 0, LOADED, FIT, again=False),
     Whole(448, 2, 128, 0, LOADED, FIT, again=False),
+    Whole(512, 4, 128, 0, LOADED, FIT, again=False),
     Whole(576, 3, 128, 0, AT_ONCE, FIT, again=False),
     Whole(640, 4, 128, 0, LOADED, FIT, again=False),
     Whole(768, 4, 128, 1, AT_ONCE),
