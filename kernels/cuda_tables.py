@@ -70,6 +70,13 @@ _THREES = (
     Whole(896, 4, 128, 0),
     Whole(1024, 4, 128, 0, LOADED, FIT, again=False),
 )
+_FOURS_TO_256 = (
+    Whole(64, 1, 128, 0, AT_ONCE),
+    Whole(96, 3, 128, 0, AT_ONCE),
+    Whole(128, 1, 128, 1, AT_ONCE),
+    Whole(192, 2, 128, 0, AT_ONCE),
+    Whole(256, 1, 128, 0, LOADED),
+)
 _SIXES = (
     Whole(64, 1, 128, 0, AT_ONCE),
     Whole(96, 3, 128, 1, AT_ONCE),
@@ -149,11 +156,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(1024, 4, 128, 1),
     ),
     ("fours", "light"): (
-        Whole(64, 1, 128, 0, AT_ONCE),
-        Whole(96, 3, 128, 0, AT_ONCE),
-        Whole(128, 1, 128, 1, AT_ONCE),
-        Whole(192, 2, 128, 0, AT_ONCE),
-        Whole(256, 1, 128, 0, LOADED),
+        *_FOURS_TO_256,
         Whole(320, 2, 128, 0, LOADED),
         Whole(384, 3, 128, 0, LOADED),
         Whole(512, 2, 128, 0, LOADED, FIT),
@@ -163,11 +166,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(1024, 4, 128, 0, LOADED, again=False),
     ),
     ("fours", "float"): (
-        Whole(64, 1, 128, 0, AT_ONCE),
-        Whole(96, 3, 128, 0, AT_ONCE),
-        Whole(128, 1, 128, 1, AT_ONCE),
-        Whole(192, 2, 128, 0, AT_ONCE),
-        Whole(256, 1, 128, 0, LOADED),
+        *_FOURS_TO_256,
         Whole(384, 3, 128, 0, LOADED),
         Whole(512, 1, 128, 0, LOADED),
         Whole(640, 3, 128, 1, again=False),
@@ -213,18 +212,13 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(896, 4, 128, 0),
         Whole(1024, 4, 128, 0, LOADED, again=False),
     ),
-    ("several", "heavy"): (
-        Whole(64, 1, 128, 0, AT_ONCE),
-        Whole(128, 1, 256, 1, AT_ONCE),
+    ("several", "heavy"): _but(
+        _SIXES_HEAVY,
         Whole(192, 1, 128, 1, AT_ONCE, 40),
         Whole(256, 1, 128, 0, LOADED),
-        Whole(384, 3, 128, 1),
         Whole(512, 4, 128, 2, AT_ONCE),
         Whole(576, 4, 128, 2, AT_ONCE, FIT, again=False),
         Whole(640, 2, 128, 2),
-        Whole(768, 5, 128, 0),
-        Whole(896, 2, 128, 2),
-        Whole(1024, 1, 128, 0, AT_ONCE),
     ),
     ("some", "light"): (
         Whole(32, 1, 512, 0, AT_ONCE),
