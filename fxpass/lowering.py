@@ -15,7 +15,7 @@ import torch
 
 from fxpass import fused, ops
 from fxpass import torch_inductor as inductor
-from fxpass.kernels import Kernel, gpu_rows, kernels
+from fxpass.kernels import Kernel, gpu_call, gpu_rows, kernels
 from fxpass.kernels.contract import Inline
 from fxpass.kernels.inductor import KERNEL as FUSED
 from fxpass.select import inlines
@@ -51,6 +51,8 @@ def lower(
         return None
     if not inlines(found, inductor.device_of(x).type):
         return None
+    if found is not FUSED and _too_many(inductor.size_of(x)):
+        return None  # the call says so
     meaning = ops.parsed(spec)
     if found is FUSED:
         made = fused.lower(meaning, hidden, x, residual, weight, bias, eps)
@@ -59,6 +61,12 @@ def lower(
         made = _launched(found, meaning, hidden, tensors, eps)
     outputs = [made[name] for name in meaning.outputs]
     return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _too_many(size: Sequence[Size]) -> bool:
+    """Whether x has more rows than one launch, which counts them in 32 bits."""
+    rows = math.prod(size[:-1])
+    return isinstance(rows, int) and rows > gpu_call.ROWS_MOST
 
 
 def _launched(

@@ -7,7 +7,6 @@ name. Kernel and spec travel as text, so a graph can be printed, saved and cache
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,13 +43,7 @@ class _Calls(dict[str, Callable[..., Any]]):
             found = by_name(kernel).entry(meaning)
         except Exception as error:
             # A cached graph may reach a machine that cannot build what it was compiled with.
-            warnings.warn(
-                f"fxpass: {kernel} cannot run here ({error}); {spec} runs as reference.eager,"
-                " with the same roundings",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            found = reference.KERNEL.entry(meaning)
+            found = reference.instead_of(kernel, meaning, error)
         self[key] = found
         return found
 
@@ -102,12 +95,13 @@ def _setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
 
 
 def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    """Gradients of the spec's own steps, recomputed with the reference."""
+    """Gradients of the spec's own steps, recomputed with the reference; differentiable again."""
     flat = grads[0] if isinstance(grads[0], (list, tuple)) else grads
     x, residual, weight, bias, eps_tensor = ctx.saved_tensors
     eps = ctx.eps if eps_tensor is None else eps_tensor.item()
+    again = torch.is_grad_enabled()  # create_graph: the gradients have gradients
     with torch.enable_grad():
-        inputs = [_leaf(tensor) for tensor in (x, residual, weight, bias)]
+        inputs = [_apart(tensor, again) for tensor in (x, residual, weight, bias)]
         first, second, third, fourth = inputs
         assert first is not None
         outputs = reference.launch(parsed(ctx.spec), first, second, third, fourth, eps)
@@ -118,13 +112,19 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             list(wanted.values()),
             [g for _, g in pairs],
             allow_unused=True,
+            create_graph=again,
         )
     by_input = dict(zip(wanted, found, strict=True))
     return (*(by_input.get(i) for i in range(4)), None, None, None, None)
 
 
-def _leaf(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().requires_grad_()
+def _apart(tensor: Tensor | None, again: bool) -> Tensor | None:
+    """A tensor that no other input depends on; with `again` its gradient still goes on to it."""
+    if tensor is None:
+        return None
+    if again and tensor.requires_grad:
+        return tensor.view_as(tensor)  # x may come from the residual, or be it
+    return tensor.detach().requires_grad_()
 
 
 def _define() -> dict[int, Any]:

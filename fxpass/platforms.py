@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,6 +37,15 @@ def of(site: Site, options: Options) -> Platform:
     if found is None or kind != "cuda":
         return Platform(kind)
     return Platform("rocm" if torch.version.hip else "cuda", _arch(found.device))
+
+
+def device_of(site: Site) -> AbstractContextManager[Any]:
+    """Makes the GPU of the site's tensors current, which kernels are built for and loaded on."""
+    found = facts.of(site.x)
+    index = None if found is None or found.device.type != "cuda" else found.device.index
+    if index is None or not torch.cuda.is_available() or index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(index)
 
 
 def named(text: str) -> Platform:

@@ -128,9 +128,10 @@ def _unready(kernel: Kernel, asked: _Asked, build: bool) -> str | None:
     """Why this machine cannot run a kernel, if it is this machine that will."""
     if asked.place.foreign:
         return None
-    if build:
-        return kernel.prepare(asked.spec, facts.static(asked.site.hidden))
-    return kernel.unavailable()
+    with platforms.device_of(asked.site):
+        if build:
+            return kernel.prepare(asked.spec, facts.static(asked.site.hidden))
+        return kernel.unavailable()
 
 
 def _repeats_weights(kernel: Kernel, site: Site) -> str | None:

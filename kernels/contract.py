@@ -230,6 +230,9 @@ class Kernel:
         def call(x: torch.Tensor, residual: torch.Tensor, *rest: object) -> None:
             if over is not None and x.is_contiguous() and residual.is_contiguous():
                 over(x, residual, *rest)
+                for tensor in (x, residual):  # autograd may keep them, and must know
+                    if not tensor.is_inference():
+                        torch.autograd.graph.increment_version(tensor)
                 return
             made: Any = entry(x, residual, *rest)
             x.copy_(made[0])

@@ -135,5 +135,4 @@ def _packaged() -> list[str]:
     for folder in map(Path, sys.path):
         for pattern in ("nvidia/*/lib/libnvrtc.so.*", "nvidia/*/lib64/libnvrtc.so.*"):
             found += glob.glob(os.fspath(folder / pattern))
-    found = [name for name in found if "builtins" not in name and "alt" not in name]
     return sorted(found, key=os.path.basename, reverse=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -51,11 +51,22 @@ class RowKernel:
 
     def prepare(self, rows: Sequence[int]) -> None:
         """Build the schedules for these numbers of rows, on all cores. Raises BuildError."""
-        schedules = list(dict.fromkeys(map(self._scheduled, rows)))
+        self._build(map(self._scheduled, rows))
+        apart = [n for n in rows if not self._fits(self._scheduled(n))]
+        self._build(self._scheduled(n, _BEFORE_CLUSTERS) for n in apart)
+
+    def _build(self, every: Iterable[Schedule]) -> None:
+        schedules = list(dict.fromkeys(every))
+        if not schedules:
+            return
         with ThreadPoolExecutor(min(len(schedules), os.cpu_count() or 1)) as pool:
             list(pool.map(self._cubin, schedules))  # NVRTC runs without Python's lock
         for schedule in schedules:
             self.kernel(schedule)
+
+    def _fits(self, schedule: Schedule) -> bool:
+        """Whether the device has room for the blocks of a row next to each other."""
+        return schedule.blocks == 1 or self.kernel(schedule).fits(schedule.blocks)
 
     def kernel(self, schedule: Schedule) -> Prepared:
         """The loaded kernel of a schedule. Raises BuildError."""
@@ -152,10 +163,9 @@ class RowKernel:
         ]
         arguments = (*strided, rows.count, *divisors, steps.single(eps))
         schedule = self._scheduled(rows.count)
-        kernel = self.kernel(schedule) if rows.count else None
-        if kernel is not None and schedule.blocks > 1 and not kernel.fits(schedule.blocks):
+        if rows.count and not self._fits(schedule):
             schedule = self._scheduled(rows.count, _BEFORE_CLUSTERS)
-            kernel = self.kernel(schedule)
+        kernel = self.kernel(schedule) if rows.count else None
         plan = _Plan(
             kernel,
             (-(-rows.count // schedule.rows) * schedule.blocks, 1, 1),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fxpass.kernels import cuda_build, cuda_driver, cuda_schedule, cuda_source
+from fxpass.kernels import cuda_build, cuda_driver, cuda_schedule, cuda_source, reference
 from fxpass.kernels.build_cache import BuildError, Once
 from fxpass.kernels.contract import Kernel, Outputs
 from fxpass.kernels.cuda_call import RowKernel
@@ -30,7 +30,7 @@ def row_kernel(spec: NormSpec, hidden: int, device: int) -> RowKernel:
 
 def entry(spec: NormSpec) -> Callable[..., Any]:
     """(x, residual, weight, bias, eps) -> a tensor, or a tuple if the spec has more outputs."""
-    known: dict[tuple[int, int], RowKernel] = {}
+    known: dict[tuple[int, int], Callable[..., Any]] = {}
 
     def call(
         x: torch.Tensor,
@@ -43,16 +43,32 @@ def entry(spec: NormSpec) -> Callable[..., Any]:
         device: int = x.get_device()
         key = (x.size(-1), device)
         kernel = known.get(key)
+        if kernel is None and not x.is_cuda:
+            raise TypeError(f"x is on {x.device}, needs a CUDA device")
+        if not is_current(device):
+            with torch.cuda.device(device):
+                return call(x, residual, weight, bias, eps, over)
         if kernel is None:
-            if not x.is_cuda:
-                raise TypeError(f"x is on {x.device}, needs a CUDA device")
-            kernel = known[key] = row_kernel(spec, *key)
-        if is_current(device):
-            return kernel(x, residual, weight, bias, eps, over)
-        with torch.cuda.device(device):
-            return kernel(x, residual, weight, bias, eps, over)
+            kernel = known[key] = _first(spec, key, x, over)
+        return kernel(x, residual, weight, bias, eps, over)
 
     return call
+
+
+def _first(spec: NormSpec, key: tuple[int, int], x: torch.Tensor, over: bool) -> Callable[..., Any]:
+    """What runs for a hidden and device from now on: the reference where nothing can be built.
+
+    Not in place of `over`, whose callers want rows that are invariant.
+    """
+    kernel = row_kernel(spec, *key)
+    if over or not x.numel():
+        return kernel
+    try:
+        kernel.prepare([x.numel() // key[0]])
+    except BuildError as error:
+        eager = reference.instead_of("cuda.row", spec, error)
+        return lambda *inputs: eager(*inputs[:5])
+    return kernel
 
 
 def over(spec: NormSpec) -> Callable[..., None]:

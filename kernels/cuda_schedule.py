@@ -44,7 +44,8 @@ def _spread(spec: NormSpec, hidden: int, rows: int, capability: tuple[int, int])
 
 def _fitted(hidden: int, rows: int, found: Schedule) -> Schedule:
     """With the registers that `cuda_tables.FIT` stands for."""
-    fit = min(registers_for(found, blocks_each(found, rows)), cuda_tables.MOST_REGISTERS)
+    blocks = blocks_each(found, max(1, rows))
+    fit = min(registers_for(found, blocks), cuda_tables.MOST_REGISTERS)
     fewest = cuda_tables.FEWEST[cuda_source.units_of_thread(hidden, found)]
     return dataclasses.replace(found, registers=fit if fit >= fewest else 0)
 

@@ -6,8 +6,10 @@ eager's bits (the row reduction included, because it is eager's own).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -53,8 +55,8 @@ def launch(
     row = row_value(spec, wide if spec.square == torch.float32 else total, eps)
     start = wide if spec.element[0].dtype == torch.float32 else total
     out = _element_value(spec, start, row, weight, bias)
-    by_name = {"out": out.contiguous(), "sum": total, "row": row}
-    return tuple(by_name[name] for name in spec.outputs)
+    by_name = {"out": out, "sum": total, "row": row}
+    return tuple(by_name[name].contiguous() for name in spec.outputs)
 
 
 def row_value(spec: NormSpec, total: torch.Tensor, eps: float) -> torch.Tensor:
@@ -147,3 +149,14 @@ _ROW_STEPS: dict[str, Callable[[torch.Tensor, _Row], torch.Tensor]] = {
 }
 
 KERNEL = Kernel("reference.eager", CONTRACT, launch)
+
+
+def instead_of(kernel: str, spec: NormSpec, error: Exception) -> Callable[..., Any]:
+    """`KERNEL.entry(spec)`, with a warning that `kernel` cannot run here."""
+    warnings.warn(
+        f"fxpass: {kernel} cannot run here ({error}); {spec} runs as reference.eager,"
+        " with the same roundings",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return KERNEL.entry(spec)

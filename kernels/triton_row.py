@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fxpass.kernels import gpu_rows, steps, triton_source, triton_tiles, triton_words
+from fxpass.kernels.build_cache import BuildError
 from fxpass.kernels.contract import Inline, Kernel, Outputs
 from fxpass.kernels.gpu_contract import contract
 from fxpass.kernels.triton_call import Compiled, RowCall
@@ -98,7 +99,13 @@ def unavailable() -> str | None:
 
 
 def bound(spec: NormSpec) -> Callable[..., Any]:
-    """(x, residual, weight, bias, eps) -> a tensor, or a tuple if the spec has more outputs."""
+    """(x, residual, weight, bias, eps) -> a tensor, or a tuple if the spec has more outputs.
+
+    Raises BuildError without Triton.
+    """
+    why_not = _no_triton()
+    if why_not is not None:
+        raise BuildError(why_not)
 
     def choose(hidden: int, rows: int) -> Compiled:
         made = inline(spec, hidden, rows)

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -238,6 +239,21 @@ def test_a_device_without_room_for_a_cluster_runs_a_row_in_one_block(
     ] * 2
 
 
+def test_such_a_device_has_all_kernels_before_a_launch(launches, monkeypatch):
+    """What is chosen there is not in the list for GPUs of its generation."""
+    monkeypatch.setattr(cuda_driver, "clusters_fit", lambda kernel, config: False)
+    compiled = []
+    monkeypatch.setattr(cuda_call.RowKernel, "_cubin", lambda self, one: compiled.append(one))
+    spec = ALL["llama"]
+    kernel = row_kernel(spec, 8192)
+    kernel.prepare(cuda_schedule.changes(spec, 8192))
+    for rows in range(1, 140):
+        given = inputs(spec, rows, 8192)
+        kernel(given.x, None, given.weight, None, 1e-6)
+        assert launches[-1].kernel.blocks == 1
+        assert launches[-1].kernel in compiled, rows
+
+
 def test_no_rows_no_launch(launches):
     (out,) = call(inputs(ALL["llama"], 0, 128), ALL["llama"])
     assert out.shape == (0, 128)
@@ -391,6 +407,16 @@ def test_without_a_driver(monkeypatch):
 
     monkeypatch.setattr(cuda_driver, "driver", missing)
     refused("no CUDA driver (libcuda.so.1)")
+
+
+def test_nvrtc_is_found_wherever_the_environment_lies(monkeypatch, tmp_path):
+    folder = tmp_path / "alt-builtins" / "nvidia" / "cu13" / "lib"
+    folder.mkdir(parents=True)
+    names = ("libnvrtc.so.13", "libnvrtc.alt.so.13", "libnvrtc-builtins.so.13.0")
+    for name in names:
+        (folder / name).touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "alt-builtins")])
+    assert cuda_build._packaged() == [str(folder / names[0])]
 
 
 @pytest.mark.usefixtures("a_gpu")

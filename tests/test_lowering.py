@@ -92,6 +92,13 @@ def test_an_opaque_kernel_is_called_by_a_constant() -> None:
     assert "assert_size_stride(buf" not in text
 
 
+def test_more_rows_than_one_launch_counts_are_left_to_the_call_which_refuses_them() -> None:
+    for rows, launches in ((2**31 - 1, 1), (2**31, 0)):
+        text = _text(lambda x, w: _norm("triton.row", LLAMA, x, weight=w), (rows, 8), (8,))
+        assert len(_launches(text)) == launches
+        assert (f"extern_kernels.fxpass['triton.row {LLAMA}']" in text) == (not launches)
+
+
 # ---- Its arguments ------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxpass
-from fxpass import pipeline, torch_inductor
+from fxpass import pipeline, platforms, torch_inductor
 from fxpass.kernels import (
     Hidden,
     Kernel,
@@ -158,10 +158,10 @@ def test_an_override_never_changes_the_dtype() -> None:
 BF16 = torch.bfloat16
 
 
-def _on_gpu(function, *shapes, inside: bool = True, providers=("auto",), dtype=BF16):
+def _on_gpu(function, *shapes, inside: bool = True, providers=("auto",), dtype=BF16, device="cuda"):
     """The report on a graph captured with fake CUDA tensors."""
     with FakeTensorMode(), torch.no_grad():
-        inputs = [torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes]
+        inputs = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
         graph = make_fx(function)(*inputs).graph
     around = inside_inductor() if inside else contextlib.nullcontext()
     with around:
@@ -177,6 +177,30 @@ def gpu(monkeypatch) -> None:
         monkeypatch.setattr(
             registry, "_BUILT_IN", tuple(ready if k is kernel else k for k in registry._BUILT_IN)
         )
+
+
+def test_a_kernel_is_asked_about_the_gpu_of_the_norm(monkeypatch) -> None:
+    """Not about the current one, which may be older, or another that has to load the code too."""
+    current, asked = [0], []
+
+    @contextlib.contextmanager
+    def device(index: int):
+        current.append(index)
+        yield
+        current.pop()
+
+    kernel = by_name("cuda.row")
+    ready = dataclasses.replace(kernel, unavailable=lambda: asked.append(current[-1]))
+    monkeypatch.setattr(registry, "_BUILT_IN", (ready,))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(platforms, "_arch", lambda device: "sm_90")
+    for wanted in (1, 0):
+        report = _on_gpu(llama, (32, 512), (512,), device=f"cuda:{wanted}", providers=("cuda",))
+        assert len(report.rewritten) == 1
+        assert asked.pop() == wanted
+    assert current == [0]
 
 
 def _matmul(x, w, v):

@@ -130,7 +130,7 @@ def _run(
     if not x.numel():
         return
     _check_memory(x, residual, weight)
-    found = invariant_kernel(spec, x.device.type, x.shape[-1])
+    found = invariant_kernel(spec, x.device, x.shape[-1])
     if found is None:
         raise FxpassError(f"no batch-invariant kernel for {short(x.dtype)} on {x.device}: {spec}")
     found.overwriting(spec)(x, residual, weight, None, eps)

@@ -13,6 +13,7 @@ from fxpass import torch_dispatcher
 from fxpass.dtypes import is_exact_cast, wide
 from fxpass.invariant.aten import NARROW, is_empty
 from fxpass.kernels import Kernel, kernels
+from fxpass.kernels.cuda_launch import on_device
 from fxpass.kernels.invariant import dispatch
 from fxpass.spec import NormSpec, Step
 
@@ -97,7 +98,7 @@ def _rms_norm(
     if x.dtype == torch.float64 or not _normalises(x, shape, weight, None):
         return NotImplemented
     spec = rms_spec(x.dtype, None if weight is None else weight.dtype, outputs)
-    launch = None if spec is None else _launch(spec, x.device.type, math.prod(shape))
+    launch = None if spec is None else _launch(spec, x.device, math.prod(shape))
     if launch is None:
         return NotImplemented
     rows = _rows(x, len(shape))
@@ -127,21 +128,22 @@ def rms_spec(
 
 
 @functools.cache
-def _launch(spec: NormSpec, device: str, hidden: int) -> _Launch | None:
+def _launch(spec: NormSpec, device: torch.device, hidden: int) -> _Launch | None:
     """The callable of `invariant_kernel`."""
     kernel = invariant_kernel(spec, device, hidden)
     return None if kernel is None else kernel.entry(spec)
 
 
 @functools.cache
-def invariant_kernel(spec: NormSpec, device: str, hidden: int) -> Kernel | None:
+def invariant_kernel(spec: NormSpec, device: torch.device, hidden: int) -> Kernel | None:
     """The first kernel whose contract says that rows are invariant, ready to launch."""
-    platform = device if device == "cpu" else "rocm" if torch.version.hip else "cuda"
+    platform = "cpu" if device.type == "cpu" else "rocm" if torch.version.hip else "cuda"
     for kernel in kernels():
         if not kernel.contract.batch_invariant or kernel.refusal(spec, platform, hidden):
             continue
-        if kernel.prepare(spec, hidden) is None:
-            return kernel
+        with on_device(-1 if device.index is None else device.index):
+            if kernel.prepare(spec, hidden) is None:
+                return kernel
     return None
 
 
