@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxpass.calls import Call, reduced_dims, spelled
+from fxpass.parts import picked
 from fxpass.terms import Term, TermTable, exact
 
 aten = torch.ops.aten
@@ -89,12 +90,12 @@ _WHOLE = (Ellipsis, None, slice(None))
 
 @spelled(operator.getitem)
 def _getitem(call: Call) -> Term | None:
-    """`y[..., None]`, `y[:, None]`, or an output of `aten._fused_rms_norm`."""
+    """`y[..., None]`, `y[:, None]`, an output of `aten._fused_rms_norm`, or another part."""
     index = call.node.args[1]
     if isinstance(index, tuple) and all(item in _WHOLE for item in index):
         source = call.term(0)
         return None if source is None else call.make("view", source)
-    return _fused_rms_norm_output(call)
+    return _fused_rms_norm_output(call) or picked(call)
 
 
 def _fused_rms_norm_output(call: Call) -> Term | None:

@@ -34,7 +34,7 @@ def near_misses(table: TermTable, sites: Iterable[Site], named: set[str]) -> lis
         if reduction is None or _spoken_for(root, reduction, named, parents):
             continue
         applied = _applied(root, parents)
-        reason = _reason(root, reduction, applied)
+        reason = _reason(root, reduction, applied, parents)
         if reason is not None:
             found.append(_at(shown, reason))
     return found
@@ -68,7 +68,7 @@ def _reduction_under(root: Term) -> Term | None:
             inner = exact(term.args[0])
             product = inner.op == "mul" and all(number(arg) is None for arg in inner.args)
             return term if inner.op in ("square", "pow", "abs") or product else None
-        if term.op not in ("add", "mul", "div", "clamp_min", "sqrt", "square", "reciprocal"):
+        if term.op not in ("add", "sub", "mul", "div", "clamp_min", "sqrt", "square", "reciprocal"):
             return None
         term = next((arg for arg in term.args if _reduces(arg)), term.args[0])
     return None
@@ -98,7 +98,9 @@ def _numel(term: Term) -> str:
     return str(facts.numel(tuple(term.shape or ())))
 
 
-def _reason(root: Term, reduction: Term, applied: Term | None) -> str | None:
+def _reason(
+    root: Term, reduction: Term, applied: Term | None, parents: dict[Term, list[Term]]
+) -> str | None:
     """The first broken condition, checked from the squares outwards."""
     inner = exact(reduction.args[0])
     if applied is None:
@@ -109,7 +111,7 @@ def _reason(root: Term, reduction: Term, applied: Term | None) -> str | None:
         or _dtype_reason(reduction, root)
         or _root_reason(root)
         or _outside_reason(root, applied)
-        or _operand_reason(applied, inner)
+        or _operand_reason(applied, inner, parents)
     )
 
 
@@ -168,12 +170,17 @@ def _unscaled(term: Term) -> Term:
     return term
 
 
-def _operand_reason(applied: Term, inner: Term) -> str:
+def _operand_reason(applied: Term, inner: Term, parents: dict[Term, list[Term]]) -> str:
     x = exact(inner.args[0])
-    others = [exact(arg) for arg in applied.args]
-    if not any(other is x for other in others):
+    if not _reads(applied, x):
+        if any(_reads(term, x) for term in _chain(applied, parents)):
+            return "the inverse is scaled before x is: another rounding order than any norm has"
         return "the mean is of a different tensor than the one normalised"
     return "the operations between the mean and x are not a norm fxpass knows"
+
+
+def _reads(product: Term, x: Term) -> bool:
+    return product.op in ("mul", "div") and any(exact(arg) is x for arg in product.args)
 
 
 def _shown(root: Term, parents: dict[Term, list[Term]]) -> fx.Node | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpass.torch_private import statically_known_true
+from fxpass.torch_private import constant_size, statically_known_true
 
 Size = Any
 """int, or torch.SymInt when the dimension is symbolic."""
@@ -111,7 +111,7 @@ def numel(shape: tuple[Size, ...]) -> Size:
 
 def static(size: Size) -> int | None:
     """The size as an int, or None if it is symbolic."""
-    return size if isinstance(size, int) else None
+    return size if isinstance(size, int) else constant_size(size)
 
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
-from fxpass import composites, facts, spellings
+from fxpass import composites, facts, parts, spellings
 from fxpass.calls import TABLE, Builder, Call
 from fxpass.terms import Term, TermTable
 
-TABLES = (spellings, composites)
+TABLES = (spellings, parts, composites)
 """The modules whose import fills the table."""
 
 
-def lift(graph: fx.Graph, writers: set[fx.Node]) -> TermTable:
-    """The terms of all nodes of a graph, in one pass. `writers` write in place."""
+def lift(graph: fx.Graph, writes: Sequence[tuple[fx.Node, frozenset[fx.Node]]]) -> TermTable:
+    """The terms of all nodes of a graph, in one pass.
+
+    writes: nodes that write in place, each with all that shares the memory it writes to.
+    """
     table = TermTable()
-    table.writes = bool(writers)
+    table.writes = bool(writes)
+    table.overwritten = frozenset().union(*(memory for _, memory in writes))
+    writers = {writer for writer, _ in writes}
     for node in graph.nodes:
         if node.op == "output":
             continue

@@ -40,7 +40,7 @@ class _Candidate:
 def find(graph: fx.Graph) -> Found:
     """Every norm of a graph, and every near miss with its reason."""
     effects = mutation.effects(graph)
-    table = lift(graph, {writer for writer, _ in effects.writes})
+    table = lift(graph, effects.writes)
     search = _Search(graph, table, effects)
     for term in table.terms():
         if term.op in ("mul", "div"):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from fxpass import facts
 from fxpass.errors import Declined
 from fxpass.sites import Site
-from fxpass.torch_private import GRAD_SWITCHES
+from fxpass.torch_private import GRAD_SWITCHES, runs_graphs
 
 VIEWS = frozenset(
     (
@@ -48,7 +52,7 @@ class Effects:
 def effects(graph: fx.Graph) -> Effects:
     """The effects in a graph. ATen graphs after functionalisation have next to none."""
     switches = tuple(n for n in graph.nodes if n.target in GRAD_SWITCHES)
-    if not any(map(writes_to, graph.nodes)):
+    if not _writes(graph):
         return Effects((), {}, switches)
     roots: dict[fx.Node, frozenset[fx.Node]] = {}
     sharing: dict[int, frozenset[fx.Node]] = {}
@@ -89,9 +93,7 @@ def writes_to(node: fx.Node) -> list[fx.Node]:
         return []
     if node.target in _INPLACE_FUNCTIONS:
         return first
-    out = node.kwargs.get("out")
-    written = [out] if isinstance(out, fx.Node) else []
-    return written + _schema_written(node) + _named_inplace(node, first)
+    return _in(node.kwargs.get("out")) + _schema_written(node) + _called(node, first)
 
 
 def _module_writes(node: fx.Node) -> bool:
@@ -103,13 +105,60 @@ def _module_writes(node: fx.Node) -> bool:
     return any(getattr(module, "inplace", False) for module in called.modules())
 
 
-def _named_inplace(node: fx.Node, first: list[fx.Node]) -> list[fx.Node]:
-    """Torch functions named like `torch.relu_`, `torch._foreach_mul_`; and `inplace=True`."""
+def _called(node: fx.Node, first: list[fx.Node]) -> list[fx.Node]:
+    """Torch functions named like `torch.relu_`, `torch._foreach_mul_`; those that are told to."""
+    if runs_graphs(node.target):
+        return list(node.all_input_nodes) if any(map(_writes, _bodies(node))) else []
     name = getattr(node.target, "__name__", "")
     plain = name.endswith("_") and not name.endswith("__") and not hasattr(node.target, "_schema")
     if plain and not first:
         return list(node.all_input_nodes)  # a list of tensors comes first
-    return first if plain or node.kwargs.get("inplace") is True else []
+    if plain or _argument(node, "inplace") is True:
+        return first
+    if node.target in _STATISTICS:
+        return _in([_argument(node, "running_mean"), _argument(node, "running_var")])
+    if node.target in _TABLES and _argument(node, "max_norm") is not None:
+        return _in(_argument(node, "weight"))
+    return []
+
+
+_TABLES = (F.embedding, F.embedding_bag)
+_STATISTICS = (F.batch_norm, F.instance_norm)
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """An argument of a Python function by its name, wherever it stands; None without one."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    place = _places(node.target).get(name, len(node.args))
+    return node.args[place] if place < len(node.args) else None
+
+
+@functools.cache
+def _places(target: Any) -> dict[str, int]:
+    if not inspect.isfunction(target):
+        return {}
+    return {name: place for place, name in enumerate(inspect.signature(target).parameters)}
+
+
+def _in(value: Any) -> list[fx.Node]:
+    """The nodes in an argument."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [item for item in values if isinstance(item, fx.Node)]
+
+
+def _bodies(node: fx.Node) -> list[fx.Graph]:
+    """The graphs that a higher-order operator runs."""
+    owner = node.graph.owning_module
+    if owner is None:
+        return []
+    named = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+    found = [getattr(owner, name, None) for name in named]
+    return [one.graph for one in found if isinstance(one, fx.GraphModule)]
+
+
+def _writes(graph: fx.Graph) -> bool:
+    return any(map(writes_to, graph.nodes))
 
 
 def _schema_written(node: fx.Node) -> list[fx.Node]:
@@ -120,8 +169,7 @@ def _schema_written(node: fx.Node) -> list[fx.Node]:
     for index, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-            values = value if isinstance(value, (list, tuple)) else [value]
-            written += [item for item in values if isinstance(item, fx.Node)]
+            written += _in(value)
     return written
 
 
@@ -148,6 +196,17 @@ def check(site: Site, found: Effects, order: dict[fx.Node, int]) -> None:
             raise Declined(
                 f"%{writer.name} writes in place to a tensor the norm reads", writer.name
             )
+        if order[writer] >= end and memory & _kept_for_backward(site, found):
+            raise Declined(
+                f"%{writer.name} writes in place to an addend that backward would read", writer.name
+            )
+
+
+def _kept_for_backward(site: Site, found: Effects) -> frozenset[fx.Node]:
+    """The memory of the addends: our gradient reads them again, that of a plain sum does not."""
+    if site.residual is None or not any(map(facts.requires_grad, site.inputs)):
+        return frozenset()
+    return found.roots[site.x] | found.roots[site.residual]
 
 
 def _check_gradients(site: Site, found: Effects, order: dict[fx.Node, int]) -> None:

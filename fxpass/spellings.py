@@ -13,6 +13,7 @@ import torch
 
 from fxpass import facts
 from fxpass.calls import Call, reduced_dims, spelled
+from fxpass.dtypes import is_exact_cast
 from fxpass.terms import Term, exact, number
 
 aten = torch.ops.aten
@@ -36,7 +37,21 @@ def _cast(call: Call) -> Term | None:
     found = facts.of(source.nodes[0])
     if found is None or found.device != call.result.device:
         return None
-    return source if found.dtype == call.result.dtype else call.make("cast", source)
+    if found.dtype != call.result.dtype:
+        return call.make("cast", source)
+    if call.node.target in _COPIES or _asks_for_a_copy(call):
+        return _copied(call, source, call.make("copy", source))
+    same = facts.same_shape(found.stride, call.result.stride)
+    return source if same else _copied(call, source, source)
+
+
+_COPIES = (prims.convert_element_type.default, aten._to_copy.default)
+"""Casts whose result is another tensor in any case."""
+
+
+def _asks_for_a_copy(call: Call) -> bool:
+    """`to(..., copy=True)`, which stands third, fourth or fifth; `non_blocking` counts as well."""
+    return call.node.kwargs.get("copy") is True or any(arg is True for arg in call.node.args)
 
 
 @spelled(aten.alias.default, aten.contiguous.default, "contiguous")
@@ -96,6 +111,8 @@ def _expand(call: Call) -> Term | None:
 def _filled(call: Call) -> Term | None:
     scalar = call.raw(0) if len(call.node.args) == 1 else call.raw(1, "fill_value")
     if call.result.shape != () or not isinstance(scalar, (int, float)):
+        return None
+    if call.node in call.table.overwritten:
         return None
     return _rounded(call, scalar)
 
@@ -211,7 +228,8 @@ def _abs(call: Call) -> Term | None:
 
 
 @spelled(
-    aten.clamp_min.default, aten.clamp.default, torch.clamp_min, torch.clamp, torch.clip,
+    aten.clamp_min.default, aten.clamp.default, aten.clamp_min.Tensor, aten.clamp.Tensor,
+    torch.clamp_min, torch.clamp, torch.clip,
     "clamp_min", "clamp", "clip",
 )  # fmt: skip
 def _clamp_min(call: Call) -> Term | None:
@@ -252,7 +270,9 @@ def _reduction(call: Call, op: str) -> Term | None:
     if isinstance(raw, torch.dtype):
         raw = None
     dims = reduced_dims(raw, len(source.shape))
-    return None if dims is None else call.make(op, source, params=(dims,))
+    if dims is None or source.dtype is None or not is_exact_cast(source.dtype, call.result.dtype):
+        return None  # a narrower `dtype=` rounds every element first
+    return call.make(op, source, params=(dims,))
 
 
 @spelled(aten.mean.dim, aten.mean.default, torch.mean, "mean")

@@ -28,6 +28,12 @@ def statically_known_true(condition: Any) -> bool:
     return bool(known(condition))
 
 
+def constant_size(size: torch.SymInt) -> int | None:
+    """The value of a symbolic size that is a number after all (0 times an unknown), or None."""
+    found: int | None = size.node.maybe_as_int()
+    return found
+
+
 def run_fake(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Call `function` on fake tensors, in their FakeTensorMode or in a fresh one."""
     from torch._guards import detect_fake_mode
@@ -61,6 +67,13 @@ def custom_graph_pass_base() -> type:
 
 GRAD_SWITCHES = frozenset((torch._C._set_grad_enabled,))
 """What Dynamo writes into a graph for `torch.no_grad` and `torch.enable_grad`."""
+
+
+def runs_graphs(target: Any) -> bool:
+    """True for higher-order operators, such as `cond` and a checkpoint, whose body is a graph."""
+    from torch._ops import HigherOrderOperator
+
+    return isinstance(target, HigherOrderOperator)
 
 
 def inductor_config() -> Any:

@@ -133,6 +133,14 @@ def _reduce(value: torch.Tensor, reduce: Callable[..., torch.Tensor]) -> torch.T
     return reduce(value, -1, keepdim=True)
 
 
+def _root(value: torch.Tensor) -> torch.Tensor:
+    """The square root; its gradient at 0 is 0, as that of torch's vector norms, not infinite."""
+    if not (torch.is_grad_enabled() and value.requires_grad):
+        return value.sqrt()
+    zero = value == 0
+    return torch.where(zero, value, torch.where(zero, 1.0, value).sqrt())
+
+
 _ROW_STEPS: dict[str, Callable[[torch.Tensor, _Row], torch.Tensor]] = {
     "mean": lambda v, row: _reduce(v, torch.mean),
     "sum": lambda v, row: _reduce(v, torch.sum),
@@ -141,7 +149,7 @@ _ROW_STEPS: dict[str, Callable[[torch.Tensor, _Row], torch.Tensor]] = {
     "mul_const": lambda v, row: v * (1.0 if row.constant is None else row.constant),
     "add_eps": lambda v, row: v + row.eps,
     "clamp_eps": lambda v, row: v.clamp_min(row.eps),
-    "sqrt": lambda v, row: v.sqrt(),
+    "sqrt": lambda v, row: _root(v),
     "square": lambda v, row: v.square(),
     "rsqrt": lambda v, row: v.rsqrt(),
     "reciprocal": lambda v, row: v.reciprocal(),

@@ -325,3 +325,28 @@ def flipped(x):
 @declines(DIFFERENT, F32, levels=("dynamo",))
 def detached(x):
     return x * torch.rsqrt(rms(x.detach()))
+
+
+@declines(DIFFERENT, "f32[2,8,128]")
+def mean_of_the_other_half(x):
+    return x[..., :64] * torch.rsqrt(rms(x[..., 64:]))
+
+
+@declines(DIFFERENT, "f32[64,64]")
+def mean_of_the_transposed(x):
+    return x * torch.rsqrt(rms(x.t()))
+
+
+@declines("scaled before x is", F32, V)
+def inverse_times_weight_first(x, w):
+    return x * (torch.rsqrt(rms(x)) * w)
+
+
+@declines("the operations between the mean and x", F32)
+def negative_eps_subtracted(x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) - (-1e-6))
+
+
+@untouched(F32)
+def every_square_rounded_before_the_sum(x):
+    return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True, dtype=torch.bfloat16) + 1e-3)

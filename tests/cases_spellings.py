@@ -262,3 +262,26 @@ def norm_over_root_length(x):
          exact=False)  # fmt: skip
 def norm_times_root_length(x):
     return x / (torch.linalg.norm(x, dim=-1, keepdim=True) * 64**-0.5)
+
+
+@matches("rms_norm", PLAIN, "f32[2,8,128]")
+def slice_written_twice(x):
+    return x[..., :64] * torch.rsqrt(x[..., :64].pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+@matches("rms_norm.cast_then_scale", LLAMA, "bf16[8,2,64]", W)
+def transpose_written_three_times(x, w):
+    mean = x.transpose(0, 1).float().pow(2).mean(-1, keepdim=True)
+    out = x.transpose(0, 1).float() * torch.rsqrt(mean + 1e-6)
+    return w * out.to(x.transpose(0, 1).dtype)
+
+
+@matches("rms_norm", PLAIN, "f32[3,8,64]")
+def selected_twice(x):
+    return x[1] * torch.rsqrt(x[1].pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+@matches("rms_norm.clamped", PLAIN.replace("add_eps", "clamp_eps"), "f32[4,64]")
+def clamp_by_a_tensor(x):
+    least = torch.tensor(1e-6)
+    return x * torch.rsqrt(torch.clamp(x.pow(2).mean(-1, keepdim=True), min=least))

@@ -132,3 +132,61 @@ def unrelated_write_between(x, cache):
     kept = cache.sin()
     kept[0] = 0
     return x * torch.rsqrt(mean + 1e-6), kept
+
+
+# --- writers that are told to write by an argument -------------------------------------------
+
+
+def _between(write):
+    def norm(x):
+        h = x.sin()
+        inverse = torch.rsqrt(rms(h))
+        write(h)
+        return h * inverse
+
+    return norm
+
+
+_INDEX = torch.int64
+_ARGUMENTS = {
+    "a_dropout_module": torch.nn.Dropout(0.5, inplace=True),
+    "an_elu_module": torch.nn.ELU(inplace=True),
+    "a_hardtanh_module": torch.nn.Hardtanh(-0.5, 0.5, inplace=True),
+    "relu_by_position": lambda h: F.relu(h, True),
+    "a_tuple_of_outputs": lambda h: torch.sort(
+        h.cos(), out=(h, torch.empty(h.shape, dtype=_INDEX))
+    ),
+}
+for _name, _write in _ARGUMENTS.items():
+    declines(WRITES, F32, id=f"{_name}_between", **DYNAMO)(_between(_write))
+
+
+@declines(WRITES, "f32[16,64]", **DYNAMO)
+def rows_of_a_table_clipped_between(table):
+    h = table.sin()
+    inverse = torch.rsqrt(rms(h))
+    rows = F.embedding(torch.zeros(2, dtype=_INDEX), h, max_norm=0.5)
+    return h * inverse, rows
+
+
+@matches("rms_norm", PLAIN, "f32[16,64]", **DYNAMO)
+def rows_of_a_table_read_between(table):
+    h = table.sin()
+    inverse = torch.rsqrt(rms(h))
+    rows = F.embedding(torch.zeros(2, dtype=_INDEX), h)
+    return h * inverse, rows
+
+
+@declines(WRITES, "f32[16,64]", **DYNAMO)
+def statistics_written_between(x):
+    h = x.sin()
+    inverse = torch.rsqrt(rms(h))
+    normed = F.batch_norm(x, h[0], h[1].abs(), training=True)
+    return h * inverse, normed
+
+
+@declines(WRITES, F32, **DYNAMO)
+def eps_is_a_constant_that_is_scaled(x):
+    eps = torch.tensor(0.5)
+    eps.mul_(4.0)
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)

@@ -376,3 +376,11 @@ def test_an_eps_that_dynamic_shapes_make_a_tensor_is_read_without_the_dispatcher
     (call,) = [line for line in code.splitlines() if "cpu.row" in line]
     assert "extern_kernels.fxpass" in call
     assert ".item())" in call
+
+
+def test_rows_without_elements_under_dynamic_shapes() -> None:
+    def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, x.shape[-2:], w)
+
+    compiled = torch.compile(norm, dynamic=True, backend=fxpass.rmsnorm_backend)
+    assert compiled(torch.randn(2, 0, 7), torch.randn(0, 7)).shape == (2, 0, 7)

@@ -16,7 +16,7 @@ HERE = f"{Path(__file__).name}: MODULES"
 MODULES = """
     errors dtypes options spec
     torch_private torch_fakes torch_dispatcher torch_inductor torch_watch facts
-    terms calls spellings composites lifting formula
+    terms calls spellings parts composites lifting formula
     patterns.finish patterns.l2_norm patterns.rms_norm patterns
     meaning elements residual uses sites mutation diagnose matching
     kernels.contract kernels.reference

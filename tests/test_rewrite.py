@@ -255,6 +255,14 @@ WEIGHTED = {
     "sums_made_twice": lambda x, w: (lambda a, b: (weighted(a, w), weighted(b, w), a, b))(
         x + x.sin(), x + x.sin()
     ),
+    "a_sum_and_a_copy_in_its_own_dtype": lambda x, w: (lambda a, b: (weighted(b, w), a, b))(
+        *(lambda a: (a, a.to(a.dtype, copy=True)))(x + x.sin())
+    ),
+    "a_factor_and_a_copy": lambda x, w: (lambda a, b: (x * b, a, b))(
+        *(lambda a: (a, a.to(a.dtype, copy=True)))(
+            torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        )
+    ),
 }
 
 
@@ -285,6 +293,89 @@ def test_a_write_through_a_list_of_tensors_is_seen() -> None:
     report = fxpass.rewrite(level.graph_module, **REFERENCE)
     assert not report.rewritten
     assert "writes in place" in report.declined[0].reason
+
+
+def test_a_write_inside_a_checkpoint_is_seen() -> None:
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        h = x.sin()
+        inverse = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        torch.utils.checkpoint.checkpoint(lambda t: t.add_(1).cos(), h, use_reentrant=False)
+        return h * inverse
+
+    level = capture(norm, tensors("f32[4,64]"), aten=False).levels[-1]
+    report = fxpass.rewrite(level.graph_module, **REFERENCE)
+    assert not report.rewritten
+    assert "writes in place" in report.declined[0].reason
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_an_addend_that_is_written_later_is_not_kept_for_backward(later: bool) -> None:
+    def norm(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        residual = y * 2
+        out = unit(x + residual)
+        return out, residual.add_(1) if later else residual
+
+    inputs = [t.requires_grad_() for t in tensors("f32[4,64]", "f32[4,64]")]
+    level = capture(norm, inputs, aten=False).levels[-1]
+    (site,) = fxpass.rewrite(level.graph_module, **REFERENCE).rewritten
+    assert ("residual=" in site.spec) == (not later)
+    placed = [n.name for n in level.graph_module.graph.nodes if n.op == "placeholder"]
+    results = level.graph_module(*(inputs[int(name.split("_")[-2])] for name in placed))
+    found = torch.autograd.grad(sum(r.sum() for r in results), inputs)
+    wanted = torch.autograd.grad(sum(r.sum() for r in norm(*inputs)), inputs)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_the_gradient_of_a_zero_row_is_torchs() -> None:
+    def normalize(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(x, dim=-1)
+
+    (x,) = tensors("f32[4,64]")
+    x[1] = 0
+    x.requires_grad_()
+    level = capture(normalize, [x], aten=False).levels[-1]
+    assert fxpass.rewrite(level.graph_module, **REFERENCE).rewritten
+    (found,) = torch.autograd.grad(level.graph_module(x)[0].sum(), x)
+    (wanted,) = torch.autograd.grad(normalize(x).sum(), x)
+    torch.testing.assert_close(found, wanted)
+
+
+class OneNorm(torch.nn.Module):
+    def __init__(self, by_name: bool) -> None:
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(64)
+        self.by_name = by_name
+
+    def forward(self, x):
+        return (self.norm(x=x) if self.by_name else self.norm(x)) + 1
+
+
+def test_a_module_that_is_called_by_name_is_opened() -> None:
+    traced, x = fx.symbolic_trace(OneNorm(by_name=True)), torch.randn(4, 64)
+    wanted = traced(x)
+    assert len(fxpass.rewrite(traced, x, **REFERENCE).rewritten) == 1
+    assert torch.equal(traced(x), wanted)
+
+
+def _forward_of_its_own(norm: torch.nn.RMSNorm, calls: list[int]) -> None:
+    norm.forward = lambda x: x * norm.weight * 3
+
+
+def _backward_hook(norm: torch.nn.RMSNorm, calls: list[int]) -> None:
+    norm.register_full_backward_hook(lambda *_: calls.append(1))
+
+
+@pytest.mark.parametrize("change", [None, _forward_of_its_own, _backward_hook])
+def test_a_changed_module_stays_a_module(change) -> None:
+    model, calls = OneNorm(by_name=False), []
+    if change is not None:
+        change(model.norm, calls)
+    traced, x = fx.symbolic_trace(model), torch.randn(4, 64, requires_grad=True)
+    wanted = traced(x)
+    assert len(fxpass.rewrite(traced, x, **REFERENCE).rewritten) == (change is None)
+    assert torch.equal(traced(x), wanted)
+    traced(x).sum().backward()
+    assert bool(calls) == (change is _backward_hook)
 
 
 @pytest.mark.parametrize(("order", "dims"), [(2, (-2, -1)), ("nuc", (-2, -1)), (1, -1), (2.5, -1)])
