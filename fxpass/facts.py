@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpass.torch_private import constant_size, statically_known_true
+from fxpass.torch_private import constant_size, is_transformed, statically_known_true
 
 Size = Any
 """int, or torch.SymInt when the dimension is symbolic."""
@@ -49,11 +49,23 @@ def set_value(node: fx.Node, fake: Any, like: fx.Node) -> None:
 
 
 def storage(node: fx.Node) -> int | None:
-    """Identity of the fake memory behind a node; nodes that share it are views of one tensor."""
+    """Identity of the fake memory behind a node; nodes that share it are views of one tensor.
+
+    None if that is not known.
+    """
     found = value(node)
     if not isinstance(found, torch.Tensor) or found.layout is not torch.strided:
         return None
-    return int(found.untyped_storage()._cdata)
+    try:
+        return int(found.untyped_storage()._cdata)
+    except NotImplementedError:  # inside torch.vmap a tensor has no memory of its own
+        return None
+
+
+def in_transform(node: fx.Node) -> bool:
+    """True for a tensor of a function that `torch.vmap` or `torch.func.grad` is applied to."""
+    found = value(node)
+    return isinstance(found, torch.Tensor) and is_transformed(found)
 
 
 def requires_grad(node: fx.Node) -> bool:

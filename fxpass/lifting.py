@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Set
 
 from torch import fx
 
@@ -14,15 +14,14 @@ TABLES = (spellings, parts, composites)
 """The modules whose import fills the table."""
 
 
-def lift(graph: fx.Graph, writes: Sequence[tuple[fx.Node, frozenset[fx.Node]]]) -> TermTable:
+def lift(graph: fx.Graph, writers: Set[fx.Node], overwritten: frozenset[fx.Node]) -> TermTable:
     """The terms of all nodes of a graph, in one pass.
 
-    writes: nodes that write in place, each with all that shares the memory it writes to.
+    writers: nodes that write in place. overwritten: those whose memory is written.
     """
     table = TermTable()
-    table.writes = bool(writes)
-    table.overwritten = frozenset().union(*(memory for _, memory in writes))
-    writers = {writer for writer, _ in writes}
+    table.writes = bool(writers)
+    table.overwritten = overwritten
     for node in graph.nodes:
         if node.op == "output":
             continue

@@ -40,7 +40,7 @@ class _Candidate:
 def find(graph: fx.Graph) -> Found:
     """Every norm of a graph, and every near miss with its reason."""
     effects = mutation.effects(graph)
-    table = lift(graph, effects.writes)
+    table = lift(graph, {writer for writer, _ in effects.writes}, effects.overwritten())
     search = _Search(graph, table, effects)
     for term in table.terms():
         if term.op in ("mul", "div"):
@@ -187,6 +187,8 @@ class _Search:
         site = _assemble(
             family, candidate, core, spec, weight, bias, residual, uses, self.order, node
         )
+        if facts.in_transform(site.x):
+            raise Declined("it is inside a torch.func transform; torch.compile the whole", node.name)
         self._check_order(site)
         mutation.check(site, self.effects, self.order)
         if residual is not None:

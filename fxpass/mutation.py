@@ -48,6 +48,11 @@ class Effects:
     switches: tuple[fx.Node, ...]
     """Nodes that turn autograd on or off, in graph order."""
 
+    def overwritten(self) -> frozenset[fx.Node]:
+        """The nodes that share memory with one that is written to."""
+        written = frozenset[fx.Node]().union(*(memory for _, memory in self.writes))
+        return frozenset(node for node, memory in self.roots.items() if memory & written)
+
 
 def effects(graph: fx.Graph) -> Effects:
     """The effects in a graph. ATen graphs after functionalisation have next to none."""

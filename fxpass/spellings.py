@@ -56,7 +56,7 @@ def _asks_for_a_copy(call: Call) -> bool:
 
 @spelled(aten.alias.default, aten.contiguous.default, "contiguous")
 def _same(call: Call) -> Term | None:
-    """The same tensor, or a copy in another memory order, unless memory is written."""
+    """The same tensor, or a copy in another memory order, unless either is written."""
     source = call.term(0, "self", "input")
     return _copied(call, source, source)
 
@@ -77,7 +77,9 @@ def _copied(call: Call, source: Term | None, alike: Term | None) -> Term | None:
 
     A norm's end is looked for behind that one too; what a kernel reads is taken as it is.
     """
-    if source is None or not source.nodes or call.table.writes:
+    if source is None or not source.nodes:
+        return None
+    if not call.table.overwritten.isdisjoint((call.node, *source.nodes)):
         return None
     found = facts.of(source.nodes[0])
     if found is None:

@@ -52,9 +52,9 @@ class TermTable:
 
     def __init__(self) -> None:
         self.writes = False
-        """True if the graph writes in place: a copy is then a value of its own."""
+        """True if the graph writes in place."""
         self.overwritten: frozenset[fx.Node] = frozenset()
-        """Nodes whose memory some node writes to."""
+        """Nodes whose memory some node writes to: a copy of one is a value of its own."""
         self._epoch = 0
         self._interned: dict[tuple[Any, ...], Term] = {}
         self._of_node: dict[fx.Node, Term] = {}

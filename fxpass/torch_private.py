@@ -34,6 +34,11 @@ def constant_size(size: torch.SymInt) -> int | None:
     return found
 
 
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """True for the tensors that functorch's transforms hand to a function."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
 def run_fake(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Call `function` on fake tensors, in their FakeTensorMode or in a fresh one."""
     from torch._guards import detect_fake_mode

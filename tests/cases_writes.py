@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from cases import PLAIN, declines, matches
+from cases import PLAIN, SCALE_CAST, declines, matches
 from cases_near_misses import DIFFERENT, F32, V, rms
 from cases_rounding import unit
 
@@ -190,3 +190,19 @@ def eps_is_a_constant_that_is_scaled(x):
     eps = torch.tensor(0.5)
     eps.mul_(4.0)
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+@matches("rms_norm.scale_then_cast", SCALE_CAST, "bf16[64,2,8]", "bf16[64]", "f32[]",
+         levels=("aten",))  # fmt: skip
+def copy_beside_an_unrelated_write(x, w, counter):
+    counter.add_(1)
+    return F.rms_norm(x.permute(1, 2, 0), (64,), w, 1e-6)
+
+
+@declines(DIFFERENT, F32, **DYNAMO)
+def write_to_a_view_of_the_original_of_a_copy(x):
+    h = x.sin()
+    view = h.view(16, 64)
+    inverse = torch.rsqrt(rms(h.contiguous()))
+    view.add_(1)
+    return h * inverse

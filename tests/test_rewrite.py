@@ -401,3 +401,21 @@ def test_in_a_graph_of_export_a_vector_norm_is_found():
     graph_module = torch.export.export(Scaled(), (x,)).module()
     assert "linalg_norm" in str(graph_module.graph)
     assert len(fxpass.rewrite(graph_module, x).rewritten) == 1
+
+
+TRANSFORMS = {
+    "vmap": lambda x: torch.vmap(unit)(x),
+    "grad": lambda x: torch.func.grad(lambda y: unit(y).sin().sum())(x),
+    "jvp": lambda x: torch.func.jvp(unit, (x,), (x,))[1],
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_norm_inside_a_transform_is_declined(name: str) -> None:
+    """Dynamo's graph has the transform as calls around the norm, which would get its tensors."""
+    inputs = tensors("f32[4,64]")
+    level = capture(TRANSFORMS[name], inputs, aten=False).levels[-1]
+    report = fxpass.rewrite(level.graph_module, **REFERENCE)
+    assert not report.rewritten
+    assert any("inside a torch.func transform" in miss.reason for miss in report.declined)
+    assert not report.errors
