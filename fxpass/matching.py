@@ -188,7 +188,8 @@ class _Search:
             family, candidate, core, spec, weight, bias, residual, uses, self.order, node
         )
         if facts.in_transform(site.x):
-            raise Declined("it is inside a torch.func transform; torch.compile the whole", node.name)
+            reason = "it is inside a torch.func transform; torch.compile the whole"
+            raise Declined(reason, node.name)
         self._check_order(site)
         mutation.check(site, self.effects, self.order)
         if residual is not None:
