@@ -187,7 +187,7 @@ class _Search:
         site = _assemble(
             family, candidate, core, spec, weight, bias, residual, uses, self.order, node
         )
-        if facts.in_transform(site.x):
+        if any(map(facts.in_transform, (*site.inputs, *site.interior))):
             reason = "it is inside a torch.func transform; torch.compile the whole"
             raise Declined(reason, node.name)
         self._check_order(site)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxpass import facts
+from fxpass.torch_private import has_global_hooks
 
 
 def open_norms(graph_module: fx.GraphModule) -> int:
@@ -43,11 +44,13 @@ def _open(graph: fx.Graph, node: fx.Node, x: Any, module: torch.nn.RMSNorm) -> N
     graph.erase_node(node)
 
 
-_FORWARD = torch.nn.RMSNorm.forward
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _is_changed(module: torch.nn.RMSNorm) -> bool:
     """Whether a call of it does more than torch's own, or something else."""
-    patched = "forward" in vars(module) or type(module).forward is not _FORWARD
-    return patched or any(getattr(module, name) for name in _HOOKS)
+    forward = type(module).forward
+    own = (forward.__module__, forward.__qualname__)
+    if "forward" in vars(module) or own != (type(module).__module__, "RMSNorm.forward"):
+        return True
+    return has_global_hooks() or any(getattr(module, name) for name in _HOOKS)

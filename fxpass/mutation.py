@@ -15,7 +15,7 @@ from torch import fx
 from fxpass import facts
 from fxpass.errors import Declined
 from fxpass.sites import Site
-from fxpass.torch_private import GRAD_SWITCHES, runs_graphs
+from fxpass.torch_private import GRAD_SWITCHES, runs_graphs, schemas
 
 VIEWS = frozenset(
     (
@@ -27,16 +27,22 @@ VIEWS = frozenset(
         torch.unsqueeze, torch.squeeze, torch.reshape, torch.flatten, torch.unflatten,
         torch.transpose, torch.permute, torch.chunk, torch.split, torch.unbind, torch.narrow,
         torch.select, torch.swapaxes, torch.movedim, torch.t, operator.getitem, getattr,
+        # In evaluation these return their input.
+        F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+        torch.dropout, torch.alpha_dropout, torch.ops.aten.dropout.default,
+        torch.ops.aten.alpha_dropout.default, torch.ops.aten.feature_dropout.default,
     )
 )  # fmt: skip
-"""Targets outside ATen whose result may share its inputs' memory (ATen's say so themselves)."""
+"""Targets whose result may share its inputs' memory, where no schema says so."""
 
 _INPLACE_FUNCTIONS = frozenset(
     (
-        operator.iadd, operator.imul, operator.isub, operator.itruediv, operator.ipow,
-        operator.setitem,
+        operator.iadd, operator.imul, operator.isub, operator.itruediv, operator.ifloordiv,
+        operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor,
+        operator.ilshift, operator.irshift, operator.setitem,
     )
 )  # fmt: skip
+_INPLACE_METHODS = frozenset(f"__{function.__name__}__" for function in _INPLACE_FUNCTIONS)
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ def _aliased(node: fx.Node) -> list[fx.Node]:
     elif node.op == "call_method":
         shares = node.target in VIEWS or str(node.target).endswith("_")
     else:
-        shares = node.target in VIEWS or node.target in _INPLACE_FUNCTIONS or _schema_alias(node)
+        known = node.target in VIEWS or node.target in _INPLACE_FUNCTIONS
+        shares = known or _schema_alias(node) or _is_opaque(node)
     return list(node.all_input_nodes) if shares else []
 
 
@@ -91,9 +98,9 @@ def writes_to(node: fx.Node) -> list[fx.Node]:
     if node.op == "call_method" and isinstance(node.target, str):
         name = node.target
         inplace = name.endswith("_") and not name.endswith("__")
-        return first if inplace or name in ("__iadd__", "__imul__", "__setitem__") else []
+        return first if inplace or name in _INPLACE_METHODS else []
     if node.op == "call_module":
-        return first if _module_writes(node) else []
+        return list(node.all_input_nodes) if _module_writes(node) else []
     if node.op != "call_function":
         return []
     if node.target in _INPLACE_FUNCTIONS:
@@ -102,18 +109,35 @@ def writes_to(node: fx.Node) -> list[fx.Node]:
 
 
 def _module_writes(node: fx.Node) -> bool:
-    """True for modules such as `nn.ReLU(inplace=True)`."""
+    """True for modules such as `nn.ReLU(inplace=True)`, and those that are not torch's own."""
     owner = node.graph.owning_module
     if owner is None:
         return False
     called = owner.get_submodule(str(node.target))
-    return any(getattr(module, "inplace", False) for module in called.modules())
+    return any(
+        getattr(module, "inplace", False) or _is_foreign(type(module))
+        for module in called.modules()
+    )
+
+
+def _is_opaque(node: fx.Node) -> bool:
+    return inspect.isfunction(node.target) and _is_foreign(node.target)
+
+
+def _is_foreign(code: Any) -> bool:
+    """Code that is not torch's, and may do anything with a tensor."""
+    return str(code.__module__).partition(".")[0] not in _KNOWN
+
+
+_KNOWN = ("torch", "fxpass", "_operator", "builtins", "math", "einops")
 
 
 def _called(node: fx.Node, first: list[fx.Node]) -> list[fx.Node]:
     """Torch functions named like `torch.relu_`, `torch._foreach_mul_`; those that are told to."""
     if runs_graphs(node.target):
-        return list(node.all_input_nodes) if any(map(_writes, _bodies(node))) else []
+        if str(node.target) == "triton_kernel_wrapper_mutation":
+            return list(node.all_input_nodes)
+        return list(node.all_input_nodes) if any(map(_writes_inputs, _bodies(node))) else []
     name = getattr(node.target, "__name__", "")
     plain = name.endswith("_") and not name.endswith("__") and not hasattr(node.target, "_schema")
     if plain and not first:
@@ -121,14 +145,21 @@ def _called(node: fx.Node, first: list[fx.Node]) -> list[fx.Node]:
     if plain or _argument(node, "inplace") is True:
         return first
     if node.target in _STATISTICS:
-        return _in([_argument(node, "running_mean"), _argument(node, "running_var")])
+        return [arg for arg in first + _in(list(node.args[1:])) if arg is not node.args[0]]
     if node.target in _TABLES and _argument(node, "max_norm") is not None:
         return _in(_argument(node, "weight"))
+    if _is_opaque(node):
+        return list(node.all_input_nodes)
     return []
 
 
 _TABLES = (F.embedding, F.embedding_bag)
-_STATISTICS = (F.batch_norm, F.instance_norm)
+_STATISTICS = (
+    F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm, torch.native_batch_norm,
+    torch.ops.aten.native_batch_norm.default, torch.ops.aten.batch_norm.default,
+    torch.ops.aten.instance_norm.default,
+)  # fmt: skip
+"""They write the running mean and variance, two of the tensors after the first."""
 
 
 def _argument(node: fx.Node, name: str) -> Any:
@@ -166,12 +197,21 @@ def _writes(graph: fx.Graph) -> bool:
     return any(map(writes_to, graph.nodes))
 
 
+def _writes_inputs(graph: fx.Graph) -> bool:
+    """Whether a body writes to more than what it makes itself."""
+    written = (root for _, memory in effects(graph).writes for root in memory)
+    return any(root.op in ("placeholder", "get_attr") for root in written)
+
+
 def _schema_written(node: fx.Node) -> list[fx.Node]:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
+    arguments = [
+        each
+        for schema in schemas(node.target)
+        if schema.is_mutable
+        for each in enumerate(schema.arguments)
+    ]
     written = []
-    for index, argument in enumerate(schema.arguments):
+    for index, argument in arguments:
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
             written += _in(value)
@@ -179,8 +219,8 @@ def _schema_written(node: fx.Node) -> list[fx.Node]:
 
 
 def _schema_alias(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+    returned = (result for schema in schemas(node.target) for result in schema.returns)
+    return any(result.alias_info is not None for result in returned)
 
 
 def check(site: Site, found: Effects, order: dict[fx.Node, int]) -> None:
@@ -203,15 +243,15 @@ def check(site: Site, found: Effects, order: dict[fx.Node, int]) -> None:
             )
         if order[writer] >= end and memory & _kept_for_backward(site, found):
             raise Declined(
-                f"%{writer.name} writes in place to an addend that backward would read", writer.name
+                f"%{writer.name} writes in place to what backward would read", writer.name
             )
 
 
 def _kept_for_backward(site: Site, found: Effects) -> frozenset[fx.Node]:
-    """The memory of the addends: our gradient reads them again, that of a plain sum does not."""
-    if site.residual is None or not any(map(facts.requires_grad, site.inputs)):
+    """The memory of all inputs: our gradient reads them again; the model's may read copies."""
+    if not any(map(facts.requires_grad, site.inputs)):
         return frozenset()
-    return found.roots[site.x] | found.roots[site.residual]
+    return frozenset[fx.Node]().union(*(found.roots[node] for node in site.inputs))
 
 
 def _check_gradients(site: Site, found: Effects, order: dict[fx.Node, int]) -> None:
@@ -219,7 +259,8 @@ def _check_gradients(site: Site, found: Effects, order: dict[fx.Node, int]) -> N
         raise Declined("eps needs a gradient, which the kernel does not give", site.eps_node.name)
     if not found.switches or not any(map(facts.requires_grad, site.inputs)):
         return
-    start = max(order[node] for node in site.inputs)
+    # The kernel is put right after the inputs.
+    start = min(max(order[node] for node in site.inputs), *(order[n] for n in site.interior))
     end = max(order[node] for node in site.out_nodes)
     for node in found.switches:
         if start < order[node] < end:

@@ -43,7 +43,7 @@ def device_of(site: Site) -> AbstractContextManager[Any]:
     """Makes the GPU of the site's tensors current, which kernels are built for and loaded on."""
     found = facts.of(site.x)
     index = None if found is None or found.device.type != "cuda" else found.device.index
-    if index is None or not torch.cuda.is_available() or index == torch.cuda.current_device():
+    if index is None or torch.cuda.device_count() < 2 or index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(index)
 

@@ -6,6 +6,7 @@ Private parts of torch, seen in 2.11 and 2.13.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,22 @@ from torch import fx
 
 
 def propagate_fakes(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Give every node of a graph its fake value, from example inputs."""
+    """Give every node of a graph its fake value, from example inputs.
+
+    Modules run with fake parameters and buffers: a BatchNorm's would count this as a batch.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+    from torch.nn.utils.stateless import _reparametrize_module
 
-    FakeTensorProp(graph_module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    named = itertools.chain(
+        graph_module.named_parameters(remove_duplicate=False),
+        graph_module.named_buffers(remove_duplicate=False),
+    )
+    state: dict[str, torch.Tensor] = {name: mode.from_tensor(tensor) for name, tensor in named}
+    with _reparametrize_module(graph_module, state):
+        FakeTensorProp(graph_module, mode).propagate(*inputs)
 
 
 def propagate_in(graph_module: fx.GraphModule, mode: Any, fakes: Sequence[Any]) -> None:

@@ -81,6 +81,20 @@ def runs_graphs(target: Any) -> bool:
     return isinstance(target, HigherOrderOperator)
 
 
+def schemas(target: Any) -> list[Any]:
+    """The schemas of an operator: its own, or those of all overloads of a packet."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        names: list[str] = cast("Any", target).overloads()
+        return [getattr(target, name)._schema for name in names]
+    found = getattr(target, "_schema", None)
+    return [] if found is None else [found]
+
+
+def has_global_hooks() -> bool:
+    """Whether `torch.nn.modules.module.register_module_*_hook` was called."""
+    return bool(cast("Any", torch.nn.modules.module)._has_any_global_hook())
+
+
 def inductor_config() -> Any:
     """`torch._inductor.config`."""
     from torch._inductor import config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from cases import PLAIN, SCALE_CAST, declines, matches
@@ -153,6 +155,12 @@ _ARGUMENTS = {
     "an_elu_module": torch.nn.ELU(inplace=True),
     "a_hardtanh_module": torch.nn.Hardtanh(-0.5, 0.5, inplace=True),
     "relu_by_position": lambda h: F.relu(h, True),
+    "remainder": lambda h: operator.imod(h, 3),
+    "floor_division": lambda h: operator.ifloordiv(h, 2),
+    "statistics_of_torchs_own": lambda h: torch.batch_norm(
+        h.cos(), None, None, h[0, 0, :8], h[0, 1, :8].abs_(), True, 0.1, 1e-5, False
+    ),
+    "an_operator_of_several_overloads": lambda h: torch.ops.aten.add_(h, 1),
     "a_tuple_of_outputs": lambda h: torch.sort(
         h.cos(), out=(h, torch.empty(h.shape, dtype=_INDEX))
     ),
@@ -205,4 +213,13 @@ def write_to_a_view_of_the_original_of_a_copy(x):
     view = h.view(16, 64)
     inverse = torch.rsqrt(rms(h.contiguous()))
     view.add_(1)
+    return h * inverse
+
+
+@declines(WRITES, F32, **DYNAMO)
+def what_dropout_returns_in_evaluation(x):
+    h = x.sin()
+    same = F.dropout(h, 0.5, False)
+    inverse = torch.rsqrt(rms(h))
+    same.mul_(2)
     return h * inverse

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from cases_rounding import unit
@@ -295,17 +297,27 @@ def test_a_write_through_a_list_of_tensors_is_seen() -> None:
     assert "writes in place" in report.declined[0].reason
 
 
-def test_a_write_inside_a_checkpoint_is_seen() -> None:
-    def norm(x: torch.Tensor) -> torch.Tensor:
+BODIES = {
+    "its input": (lambda t: t.add_(1).cos(), True),
+    "a view of its input": (lambda t: t.view(-1)[2:].zero_().cos(), True),
+    "what it makes itself": (lambda t: t.cos().add_(1), False),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_write_inside_a_checkpoint_is_seen(name: str) -> None:
+    body, writes = BODIES[name]
+
+    def norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         h = x.sin()
         inverse = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
-        torch.utils.checkpoint.checkpoint(lambda t: t.add_(1).cos(), h, use_reentrant=False)
-        return h * inverse
+        beside = torch.utils.checkpoint.checkpoint(body, h, use_reentrant=False)
+        return h * inverse, beside
 
     level = capture(norm, tensors("f32[4,64]"), aten=False).levels[-1]
     report = fxpass.rewrite(level.graph_module, **REFERENCE)
-    assert not report.rewritten
-    assert "writes in place" in report.declined[0].reason
+    assert len(report.rewritten) == (not writes)
+    assert all("writes in place" in miss.reason for miss in report.declined)
 
 
 @pytest.mark.parametrize("later", [True, False])
@@ -361,11 +373,17 @@ def _forward_of_its_own(norm: torch.nn.RMSNorm, calls: list[int]) -> None:
     norm.forward = lambda x: x * norm.weight * 3
 
 
+def _another_class_method(norm: torch.nn.RMSNorm, calls: list[int]) -> None:
+    norm.__class__ = type("RMSNorm", (torch.nn.RMSNorm,), {"forward": lambda self, x: x * 2})
+
+
 def _backward_hook(norm: torch.nn.RMSNorm, calls: list[int]) -> None:
     norm.register_full_backward_hook(lambda *_: calls.append(1))
 
 
-@pytest.mark.parametrize("change", [None, _forward_of_its_own, _backward_hook])
+@pytest.mark.parametrize(
+    "change", [None, _forward_of_its_own, _another_class_method, _backward_hook]
+)
 def test_a_changed_module_stays_a_module(change) -> None:
     model, calls = OneNorm(by_name=False), []
     if change is not None:
@@ -419,3 +437,103 @@ def test_a_norm_inside_a_transform_is_declined(name: str) -> None:
     assert not report.rewritten
     assert any("inside a torch.func transform" in miss.reason for miss in report.declined)
     assert not report.errors
+
+
+def test_a_hook_on_all_modules_is_kept() -> None:
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+    try:
+        traced, x = fx.symbolic_trace(OneNorm(by_name=False)), torch.randn(4, 64)
+        assert not fxpass.rewrite(traced, x, **REFERENCE).rewritten
+        seen.clear()
+        traced.norm(x)
+        assert seen
+    finally:
+        handle.remove()
+
+
+def test_torchs_own_norm_patched_before_us_is_not_opened() -> None:
+    with mock.patch.object(torch.nn.RMSNorm, "forward", lambda self, x: x * 2):
+        traced, x = fx.symbolic_trace(OneNorm(by_name=False)), torch.randn(4, 64)
+        assert not fxpass.rewrite(traced, x, **REFERENCE).rewritten
+
+
+def test_example_inputs_do_not_count_as_a_batch() -> None:
+    class Counts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.batch_norm = torch.nn.BatchNorm1d(64)
+
+        def forward(self, x):
+            return unit(self.batch_norm(x))
+
+    traced = fx.symbolic_trace(Counts())
+    before = {name: value.clone() for name, value in traced.state_dict().items()}
+    assert len(fxpass.rewrite(traced, torch.randn(4, 64), **REFERENCE).rewritten) == 1
+    for name, value in traced.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def _row_without_a_gradient(x, w):
+    with torch.no_grad():
+        row = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return x * row * w.sin()
+
+
+def _input_written_later(x, w):
+    h = x * 2
+    out = (unit(h.float()) * w).to(h.dtype)
+    return out, h.add_(1)
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype", "reason"),
+    [
+        (_row_without_a_gradient, "f32", "switches grad mode"),
+        (_input_written_later, "bf16", "backward would read"),
+    ],
+)
+def test_gradients_are_declined_where_ours_would_be_others(function, dtype: str, reason: str):
+    inputs = [t.requires_grad_() for t in tensors(f"{dtype}[4,64]", f"{dtype}[64]")]
+    level = capture(function, inputs, aten=False).levels[-1]
+    report = fxpass.rewrite(level.graph_module, **REFERENCE)
+    assert not report.rewritten
+    assert any(reason in miss.reason for miss in report.declined)
+
+
+def test_a_weight_of_a_transform_is_declined() -> None:
+    def gradient(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(lambda v: (unit(x) * v).sin().sum())(w)
+
+    level = capture(gradient, tensors("f32[4,64]", "f32[64]"), aten=False).levels[-1]
+    report = fxpass.rewrite(level.graph_module, **REFERENCE)
+    assert not report.rewritten
+    assert not report.errors
+
+
+def _opaque(h: torch.Tensor) -> torch.Tensor:
+    return h.add_(1)
+
+
+fx.wrap("_opaque")
+
+
+def test_code_that_is_not_torchs_may_write() -> None:
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        h = x.sin()
+        inverse = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return h * inverse + _opaque(h)
+
+    graph_module = fx.symbolic_trace(norm)
+    report = fxpass.rewrite(graph_module, torch.randn(4, 64), **REFERENCE)
+    assert len(report.rewritten) == 1  # what comes after the norm is not between its halves
+
+    def between(x: torch.Tensor) -> torch.Tensor:
+        h = x.sin()
+        inverse = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        seen = _opaque(h)
+        return h * inverse + seen
+
+    report = fxpass.rewrite(fx.symbolic_trace(between), torch.randn(4, 64), **REFERENCE)
+    assert not report.rewritten
+    assert "writes in place" in report.declined[0].reason

@@ -193,6 +193,7 @@ def test_a_kernel_is_asked_about_the_gpu_of_the_norm(monkeypatch) -> None:
     ready = dataclasses.replace(kernel, unavailable=lambda: asked.append(current[-1]))
     monkeypatch.setattr(registry, "_BUILT_IN", (ready,))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(platforms, "_arch", lambda device: "sm_90")
