@@ -88,7 +88,7 @@ def _aliased(node: fx.Node) -> list[fx.Node]:
         shares = node.target in VIEWS or str(node.target).endswith("_")
     else:
         known = node.target in VIEWS or node.target in _INPLACE_FUNCTIONS
-        shares = known or _schema_alias(node) or _is_opaque(node)
+        shares = known or _schema_alias(node.target) or _is_opaque(node.target)
     return list(node.all_input_nodes) if shares else []
 
 
@@ -120,8 +120,11 @@ def _module_writes(node: fx.Node) -> bool:
     )
 
 
-def _is_opaque(node: fx.Node) -> bool:
-    return inspect.isfunction(node.target) and _is_foreign(node.target)
+def _is_opaque(target: Any) -> bool:
+    return inspect.isfunction(target) and _is_foreign(target)
+
+
+_runs_graphs = functools.cache(runs_graphs)
 
 
 def _is_foreign(code: Any) -> bool:
@@ -134,21 +137,23 @@ _KNOWN = ("torch", "fxpass", "_operator", "builtins", "math", "einops")
 
 def _called(node: fx.Node, first: list[fx.Node]) -> list[fx.Node]:
     """Torch functions named like `torch.relu_`, `torch._foreach_mul_`; those that are told to."""
-    if runs_graphs(node.target):
+    if _runs_graphs(node.target):
         if str(node.target) == "triton_kernel_wrapper_mutation":
             return list(node.all_input_nodes)
         return list(node.all_input_nodes) if any(map(_writes_inputs, _bodies(node))) else []
+    if node.target in _STATISTICS:
+        return [source for source in node.all_input_nodes if source not in first]
+    if hasattr(node.target, "_schema"):
+        return []
     name = getattr(node.target, "__name__", "")
-    plain = name.endswith("_") and not name.endswith("__") and not hasattr(node.target, "_schema")
+    plain = name.endswith("_") and not name.endswith("__")
     if plain and not first:
         return list(node.all_input_nodes)  # a list of tensors comes first
     if plain or _argument(node, "inplace") is True:
         return first
-    if node.target in _STATISTICS:
-        return [arg for arg in first + _in(list(node.args[1:])) if arg is not node.args[0]]
     if node.target in _TABLES and _argument(node, "max_norm") is not None:
         return _in(_argument(node, "weight"))
-    if _is_opaque(node):
+    if _is_opaque(node.target):
         return list(node.all_input_nodes)
     return []
 
@@ -204,22 +209,25 @@ def _writes_inputs(graph: fx.Graph) -> bool:
 
 
 def _schema_written(node: fx.Node) -> list[fx.Node]:
-    arguments = [
-        each
-        for schema in schemas(node.target)
-        if schema.is_mutable
-        for each in enumerate(schema.arguments)
-    ]
     written = []
-    for index, argument in arguments:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-            written += _in(value)
+    for index, name in _written_arguments(node.target):
+        written += _in(node.args[index] if index < len(node.args) else node.kwargs.get(name))
     return written
 
 
-def _schema_alias(node: fx.Node) -> bool:
-    returned = (result for schema in schemas(node.target) for result in schema.returns)
+@functools.cache
+def _written_arguments(target: Any) -> tuple[tuple[int, str], ...]:
+    return tuple(
+        (index, argument.name)
+        for schema in schemas(target)
+        for index, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+@functools.cache
+def _schema_alias(target: Any) -> bool:
+    returned = (result for schema in schemas(target) for result in schema.returns)
     return any(result.alias_info is not None for result in returned)
 
 
