@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,10 @@ class Effects:
     switches: tuple[fx.Node, ...]
     """Nodes that turn autograd on or off, in graph order."""
 
+    def memory(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
+        """The roots of the memory of several nodes."""
+        return frozenset[fx.Node]().union(*(self.roots[node] for node in nodes))
+
     def overwritten(self) -> frozenset[fx.Node]:
         """The nodes that share memory with one that is written to."""
         written = frozenset[fx.Node]().union(*(memory for _, memory in self.writes))
@@ -96,9 +101,7 @@ def writes_to(node: fx.Node) -> list[fx.Node]:
     """Inputs the node writes to."""
     first = [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
     if node.op == "call_method" and isinstance(node.target, str):
-        name = node.target
-        inplace = name.endswith("_") and not name.endswith("__")
-        return first if inplace or name in _INPLACE_METHODS else []
+        return first if _ends_inplace(node.target) or node.target in _INPLACE_METHODS else []
     if node.op == "call_module":
         return list(node.all_input_nodes) if _module_writes(node) else []
     if node.op != "call_function":
@@ -124,9 +127,6 @@ def _is_opaque(target: Any) -> bool:
     return inspect.isfunction(target) and _is_foreign(target)
 
 
-_runs_graphs = functools.cache(runs_graphs)
-
-
 def _is_foreign(code: Any) -> bool:
     """Code that is not torch's, and may do anything with a tensor."""
     return str(code.__module__).partition(".")[0] not in _KNOWN
@@ -137,16 +137,14 @@ _KNOWN = ("torch", "fxpass", "_operator", "builtins", "math", "einops")
 
 def _called(node: fx.Node, first: list[fx.Node]) -> list[fx.Node]:
     """Torch functions named like `torch.relu_`, `torch._foreach_mul_`; those that are told to."""
-    if _runs_graphs(node.target):
-        if str(node.target) == "triton_kernel_wrapper_mutation":
-            return list(node.all_input_nodes)
-        return list(node.all_input_nodes) if any(map(_writes_inputs, _bodies(node))) else []
+    if runs_graphs(node.target):
+        writes = str(node.target) == _LAUNCH or any(map(_writes_inputs, _bodies(node)))
+        return list(node.all_input_nodes) if writes else []
     if node.target in _STATISTICS:
         return [source for source in node.all_input_nodes if source not in first]
     if hasattr(node.target, "_schema"):
         return []
-    name = getattr(node.target, "__name__", "")
-    plain = name.endswith("_") and not name.endswith("__")
+    plain = _ends_inplace(getattr(node.target, "__name__", ""))
     if plain and not first:
         return list(node.all_input_nodes)  # a list of tensors comes first
     if plain or _argument(node, "inplace") is True:
@@ -158,6 +156,11 @@ def _called(node: fx.Node, first: list[fx.Node]) -> list[fx.Node]:
     return []
 
 
+def _ends_inplace(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+_LAUNCH = "triton_kernel_wrapper_mutation"
 _TABLES = (F.embedding, F.embedding_bag)
 _STATISTICS = (
     F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm, torch.native_batch_norm,
@@ -243,23 +246,19 @@ def check(site: Site, found: Effects, order: dict[fx.Node, int]) -> None:
     # The kernel, and copies of its inputs, are put right after the inputs.
     start = min(order[node] for node in (*site.inputs, *inside))
     end = max(order[node] for node in site.out_nodes)
-    read = frozenset().union(*(found.roots[node] for node in (*site.inputs, *site.interior)))
+    read = found.memory((*site.inputs, *site.interior))
+    # Our gradient reads all inputs again; the model's may read copies.
+    tracked = any(map(facts.requires_grad, site.inputs))
+    kept = found.memory(site.inputs if tracked else ())
     for writer, memory in found.writes:
         if writer in inside or (start < order[writer] < end and memory & read):
             raise Declined(
                 f"%{writer.name} writes in place to a tensor the norm reads", writer.name
             )
-        if order[writer] >= end and memory & _kept_for_backward(site, found):
+        if order[writer] >= end and memory & kept:
             raise Declined(
                 f"%{writer.name} writes in place to what backward would read", writer.name
             )
-
-
-def _kept_for_backward(site: Site, found: Effects) -> frozenset[fx.Node]:
-    """The memory of all inputs: our gradient reads them again; the model's may read copies."""
-    if not any(map(facts.requires_grad, site.inputs)):
-        return frozenset()
-    return frozenset[fx.Node]().union(*(found.roots[node] for node in site.inputs))
 
 
 def _check_gradients(site: Site, found: Effects, order: dict[fx.Node, int]) -> None:

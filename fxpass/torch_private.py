@@ -10,6 +10,7 @@ Heavy modules (Inductor, Dynamo) are imported inside the functions that need the
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -74,6 +75,7 @@ GRAD_SWITCHES = frozenset((torch._C._set_grad_enabled,))
 """What Dynamo writes into a graph for `torch.no_grad` and `torch.enable_grad`."""
 
 
+@functools.cache
 def runs_graphs(target: Any) -> bool:
     """True for higher-order operators, such as `cond` and a checkpoint, whose body is a graph."""
     from torch._ops import HigherOrderOperator

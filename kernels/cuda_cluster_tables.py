@@ -32,6 +32,8 @@ class Cluster(NamedTuple):
     release: int = AT_ONCE
     registers: int = 0
     """Of a thread at most, as of `cuda_tables.Whole`."""
+    again: bool = True
+    """As of the same."""
 
 
 EVERY = 1 << 31

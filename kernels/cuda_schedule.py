@@ -105,8 +105,7 @@ def _of_own_rows(kind: str, units: int) -> Iterator[tuple[int, Schedule]]:
     if units > lanes:
         for long in cuda_cluster_tables.SEVERAL_CHUNKS[kind]:
             if units <= long.up_to:
-                one = _shared(long, lanes // long.segment)
-                yield long.most, dataclasses.replace(one, again=long.again)
+                yield long.most, _shared(long, lanes // long.segment)
         return
     clusters = cuda_cluster_tables.CLUSTERS
     for found in clusters.get(kind) or clusters["light"]:
@@ -125,6 +124,7 @@ def _shared(found: cuda_cluster_tables.Cluster | cuda_cluster_tables.Long, block
         found.segment if blocks > 1 else 0,
         weight=found.weight,
         registers=found.registers,
+        again=found.again,
     )
 
 

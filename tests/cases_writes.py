@@ -223,3 +223,19 @@ def what_dropout_returns_in_evaluation(x):
     inverse = torch.rsqrt(rms(h))
     same.mul_(2)
     return h * inverse
+
+
+@declines(DIFFERENT, "f32[8,64]", **DYNAMO)
+def rows_picked_by_an_index_that_moves(x):
+    index = torch.zeros(4, dtype=_INDEX)
+    inverse = torch.rsqrt(rms(x[index]))
+    index.add_(1)
+    return x[index] * inverse
+
+
+@declines(DIFFERENT, "f32[8,64]", **DYNAMO)
+def a_part_that_is_written_between_its_two_uses(x):
+    h = x.sin()
+    inverse = torch.rsqrt(rms(h[2:4]))
+    h[3].mul_(2)
+    return h[2:4] * inverse
