@@ -6,6 +6,7 @@ strides is worked out once and kept, a call only looks it up, fills in pointers 
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +24,7 @@ from fxpass.spec import NormSpec
 
 Tensor = torch.Tensor
 
-_ARGUMENTS = struct.Struct("7Q4q10IfI")
+_ARGUMENTS = struct.Struct("7Q2q7If2q4I")
 """FxArgs of cuda_row.h, one parameter: seven pointers, then what follows from the shapes."""
 _WIDE = 16  # bytes of one access
 _BEFORE_CLUSTERS = (8, 0)
@@ -151,17 +152,14 @@ class RowKernel:
         check(self._spec, self._hidden, f"cuda:{self._device}", x, residual, weight, bias)
         rows, copies = addressed(x, residual)
         itemsizes = [x.itemsize, 0 if residual is None else residual.itemsize]
-        strided = [step for pair in zip(rows.outer, rows.step, strict=True) for step in pair]
-        strided += [0] * (4 - len(strided))
         misaligned = 0
-        for index, step in enumerate(strided):
-            misaligned |= step * itemsizes[index // 2]
-        divisors = [
-            *divisor(rows.inner),
-            *divisor(1 if weight is None else weight.numel() // self._hidden),
-            *divisor(1 if bias is None else bias.numel() // self._hidden),
+        for outer, step, itemsize in zip(rows.outer, rows.step, itemsizes, strict=False):
+            misaligned |= (outer | step) * itemsize
+        counts = [
+            rows.inner,
+            *(1 if t is None else t.numel() // self._hidden for t in (weight, bias)),
         ]
-        arguments = (*strided, rows.count, *divisors, steps.single(eps))
+        arguments = functools.partial(_arguments, rows, counts, steps.single(eps))
         schedule = self._scheduled(rows.count)
         if rows.count and not self._fits(schedule):
             schedule = self._scheduled(rows.count, _BEFORE_CLUSTERS)
@@ -169,8 +167,8 @@ class RowKernel:
         plan = _Plan(
             kernel,
             (-(-rows.count // schedule.rows) * schedule.blocks, 1, 1),
-            (*arguments, False),
-            (*arguments, misaligned % _WIDE == 0),
+            arguments(wide=False),
+            arguments(wide=misaligned % _WIDE == 0),
             copies,
             [
                 (size, gpu_rows.dense(size), dtype)
@@ -181,14 +179,30 @@ class RowKernel:
         return keep(self._plans, key, plan)
 
 
+def _arguments(rows: gpu_rows.Rows, counts: list[int], eps: float, wide: bool) -> tuple[Any, ...]:
+    """Of FxArgs, what follows the pointers. counts: inner, and rows of weight and bias."""
+    (inner, *how_inner), *others = map(divisor, counts)
+    strides = []
+    for outer, step in zip(rows.outer, rows.step, strict=True):
+        strides += [outer, 0] if inner == 1 else [step, outer - inner * step]
+    strides += [0] * (4 - len(strides))
+    turns = [n for n, *_ in others]
+    how = [number for _, *pair in others for number in pair]
+    return (*strides[:2], rows.count, wide, *how_inner, inner, *turns, eps, *strides[2:], *how)
+
+
 def divisor(n: int) -> tuple[int, int, int]:
-    """n, factor and shift: r // n == r * factor >> shift for every r below 2**31.
+    """n, factor and shift: r // n == (r * factor >> 32) >> shift for every r below 2**31.
+
+    Of an n of 1, by which nothing is divided, only itself.
 
     Granlund and Montgomery, Division by Invariant Integers using Multiplication, 1994, theorem 4.2.
     """
+    if n == 1:
+        return n, 0, 0
     n = min(n, ROWS_MOST)  # no r reaches it
     length = (n - 1).bit_length()
-    return n, -(-(1 << (31 + length)) // n), 31 + length
+    return n, -(-(1 << (31 + length)) // n), length - 1
 
 
 class _Plan(NamedTuple):

@@ -40,19 +40,53 @@ EVERY = 1 << 31
 """More rows than there are."""
 CAPABILITY = (9, 0)
 """From which on there are clusters."""
+_FEW = (
+    Cluster(132, 128, 128, 0, 384, 512),
+    Cluster(92, 256, 128, 1, 384, 512, LOADED),
+    Cluster(180, 128, 128, 0, 512, 640),
+    Cluster(100, 128, 128, 0, 640, 896),
+    Cluster(66, 256, 128, 0, 640, 768),
+    Cluster(132, 256, 128, 1, 640, 768, LOADED),
+    Cluster(180, 128, 128, 1, 768, 896, LOADED),
+    Cluster(180, 256, 128, 0, 640, 896),
+    Cluster(72, 128, 128, 0, 896, release=LOADED),
+)
+"""What light and float begin with."""
+_MORE = (
+    Cluster(264, 256, 256, 0, 896),
+    Cluster(264, 512, 256, 1, 896),
+)
+"""And end with."""
 CLUSTERS: dict[str, tuple[Cluster, ...]] = {
     "light": (
-        Cluster(180, 128, 128, 0, 384),
-        Cluster(264, 128, 64, 1, 896),
-        Cluster(180, 256, 128, 0, 640),
-        Cluster(264, 512, 256, 1, 896),
+        *_FEW,
+        Cluster(200, 256, 128, 0, 512, 640),
+        Cluster(132, 256, 128, 1, 896, release=LOADED),
+        *_MORE,
+    ),
+    "float": (
+        *_FEW,
+        Cluster(200, 256, 128, 1, 512, 640),
+        Cluster(80, 256, 256, 1, 896, release=LOADED),
+        *_MORE,
     ),
     "heavy": (
         Cluster(64, 32, 32, 1, 96, 256),
         Cluster(132, 64, 64, 1, 256, 448),
-        Cluster(448, 128, 128, 1, 256),
-        Cluster(264, 256, 128, 1, 512),
-        Cluster(264, 512, 256, 1, 896),
+        Cluster(72, 128, 128, 1, 256, 640),
+        Cluster(132, 128, 128, 1, 256, 512, LOADED),
+        Cluster(132, 256, 128, 1, 256, 512, LOADED),
+        Cluster(400, 128, 128, 1, 512, 640, LOADED),
+        Cluster(60, 128, 128, 1, 640, 768),
+        Cluster(180, 128, 128, 1, 640, 768, LOADED),
+        Cluster(264, 256, 128, 1, 640, 768),
+        Cluster(90, 128, 128, 1, 768, 896),
+        Cluster(165, 128, 128, 1, 768, 896, LOADED),
+        Cluster(400, 128, 128, 1, 256, 896),
+        Cluster(132, 512, 512, 1, 768, 896),
+        Cluster(72, 128, 128, 1, 896, release=LOADED),
+        Cluster(66, 256, 128, 1, 896, release=LOADED),
+        Cluster(528, 256, 256, 1, 896),
     ),
 }
 """By kind, of rows of one chunk."""
@@ -80,6 +114,7 @@ class Long(NamedTuple):
 ALL = 1024
 """Units of a chunk: one block takes the row whole."""
 _NOT_HEAVY = (
+    Long(9, 128, 128, 0, LOADED),
     Long(33, 128, 128, 0),
     Long(66, 512, 512, 0, up_to=1536),
     Long(132, ALL, 512, 2, up_to=1536),
@@ -111,6 +146,7 @@ SEVERAL_CHUNKS: dict[str, tuple[Long, ...]] = {
         Long(EVERY, 512, 128, 0, SUMMED),
     ),
     "heavy": (
+        Long(9, 128, 128, 1, LOADED),
         Long(33, 128, 128, 1),
         Long(132, 512, 512, 1),
         Long(198, 512, 256, 1),

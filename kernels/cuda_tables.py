@@ -116,13 +116,14 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(256, 1, 128, 0, AT_ONCE),
         Whole(320, 1, 128, 1, AT_ONCE),
         Whole(512, 2, 128, 0, LOADED),
+        Whole(640, 1, 128, 1, AT_ONCE),
         Whole(896, 2, 128, 1, AT_ONCE),
         Whole(1024, 2, 128, 2, AT_ONCE),
     ),
     ("alone", "heavy"): (
         Whole(32, 1, 128, 0, AT_ONCE),
         Whole(640, 1, 128, 1, AT_ONCE),
-        Whole(896, 2, 128, 1, AT_ONCE),
+        Whole(896, 1, 128, 2, AT_ONCE),
         Whole(1024, 2, 128, 2, AT_ONCE),
     ),
     ("pairs", "light"): (
