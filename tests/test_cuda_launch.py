@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -162,6 +163,33 @@ def test_every_argument_is_in_its_place(launches):
     }
     assert (launch.stream, launch.overlaps) == (77, True)
     assert (out.shape, total.shape, row.shape) == ((6, 5, 1024), (6, 5, 1024), (6, 5, 1))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda wide: wide[:, 0, :128],
+        lambda wide: wide[:, 3:4, 8:136],
+        lambda wide: wide[:, 2:5, :128],
+        lambda wide: wide.transpose(0, 1)[1:4, :, :128],
+        lambda wide: wide[:1, :, :128].expand(4, -1, -1),
+    ],
+)
+def test_every_row_starts_where_the_arguments_say(launches, view):
+    spec = ALL["residual"]
+    x, other = (view(torch.zeros(7, 6, size).bfloat16()) for size in (136, 200))
+    call(Inputs(x, other, torch.ones(128).bfloat16(), None), spec)
+    (launch,) = launches
+    args = launch.args
+    assert args.rows == x[..., 0].numel()
+    for tensor, step, skip in (
+        (x, args.x_step, args.x_skip),
+        (other, args.residual_step, args.residual_skip),
+    ):
+        rows = (tensor[index] for index in itertools.product(*map(range, tensor.shape[:-1])))
+        for r, row in enumerate(rows):
+            start = r * step + ((r * args.inner_factor >> 32) >> args.inner_shift) * skip
+            assert row.storage_offset() - tensor.storage_offset() == start
 
 
 @hypothesis.given(
