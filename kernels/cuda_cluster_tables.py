@@ -76,7 +76,7 @@ CLUSTERS: dict[str, tuple[Cluster, ...]] = {
         Cluster(72, 128, 128, 1, 256, 640),
         Cluster(132, 128, 128, 1, 256, 512, LOADED),
         Cluster(132, 256, 128, 1, 256, 512, LOADED),
-        Cluster(400, 128, 128, 1, 512, 640, LOADED),
+        Cluster(240, 128, 128, 1, 512, 640, LOADED),
         Cluster(60, 128, 128, 1, 640, 768),
         Cluster(180, 128, 128, 1, 640, 768, LOADED),
         Cluster(264, 256, 128, 1, 640, 768),
