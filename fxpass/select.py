@@ -110,6 +110,7 @@ def _layout_or_refusal(kernel: Kernel, asked: _Asked) -> LayoutPlan | str:
         or _repeats_weights(kernel, site)
         or _varies(kernel, asked)
         or _inexact(kernel, asked)
+        or _drops_roundings(kernel, asked)
         or _cannot_inline(kernel, asked)
         or _breaks_a_fusion(kernel, asked)
     )
@@ -157,6 +158,13 @@ def _inexact(kernel: Kernel, asked: _Asked) -> str | None:
     if reason is None or _named(kernel, asked.options):
         return None
     return f"{reason}; name {kernel.provider} in options.providers to have it all the same"
+
+
+def _drops_roundings(kernel: Kernel, asked: _Asked) -> str | None:
+    """Why Inductor's code would not have the roundings that are written into it, or None."""
+    if kernel is not FUSED or asked.place.kind != "cpu" or torch_inductor.CPP_KEEPS_ROUNDINGS:
+        return None
+    return "the C++ of this torch's Inductor drops roundings, needs torch 2.13"
 
 
 def _costs_more(kernel: Kernel, asked: _Asked, layout: LayoutPlan) -> str | None:

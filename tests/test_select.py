@@ -179,6 +179,7 @@ def gpu(monkeypatch) -> None:
         )
 
 
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="a CUDA build asks for the driver")
 def test_a_kernel_is_asked_about_the_gpu_of_the_norm(monkeypatch) -> None:
     """Not about the current one, which may be older, or another that has to load the code too."""
     current, asked = [0], []
@@ -299,12 +300,23 @@ def test_ahead_of_time_only_what_the_package_can_hold(monkeypatch) -> None:
 
 def test_ahead_of_time_on_the_cpu_leaves_inductors_own_code(level, monkeypatch) -> None:
     monkeypatch.setattr(torch_inductor, "compiling_ahead_of_time", lambda: True)
+    monkeypatch.setattr(torch_inductor, "CPP_KEEPS_ROUNDINGS", True)
     graph = level.graph_module.graph
     with inside_inductor():
         (site,) = pipeline.dry_run(graph, Options(strict=True)).rewritten
     assert site.kernel == "inductor.fused"
     refused = [f"refused {kernel.name}" for kernel in kernels()[:-1]]
     assert [reason.split(":")[0] for reason in site.refusals] == refused
+
+
+@pytest.mark.parametrize("providers", [("auto",), ("inductor",)])
+def test_inductors_own_code_needs_roundings_that_stay(level, monkeypatch, providers) -> None:
+    monkeypatch.setattr(torch_inductor, "compiling_ahead_of_time", lambda: True)
+    monkeypatch.setattr(torch_inductor, "CPP_KEEPS_ROUNDINGS", False)
+    with inside_inductor():
+        report = pipeline.dry_run(level.graph_module.graph, Options(providers=providers))
+    (miss,) = report.declined
+    assert "drops roundings, needs torch 2.13" in miss.reason
 
 
 def test_on_the_cpu_nothing_of_this_applies(level) -> None:
