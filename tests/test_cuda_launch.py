@@ -206,6 +206,7 @@ def test_a_divisor_divides_the_number_of_every_row(n: int, r: int, times: int) -
     assert shift < 32
     near = [row for row in (n * times - 1, n * times) if 0 <= row <= LAST_ROW]
     for row in (r, *near):
+        assert row * factor < 2**64
         assert row - ((row * factor >> 32) >> shift) * by == row % n
 
 
