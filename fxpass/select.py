@@ -162,7 +162,7 @@ def _inexact(kernel: Kernel, asked: _Asked) -> str | None:
 
 def _drops_roundings(kernel: Kernel, asked: _Asked) -> str | None:
     """Why Inductor's code would not have the roundings that are written into it, or None."""
-    if kernel is not FUSED or asked.place.kind != "cpu" or torch_inductor.CPP_KEEPS_ROUNDINGS:
+    if kernel is not FUSED or inlines(kernel, asked.place.kind):
         return None
     return "the C++ of this torch's Inductor drops roundings, needs torch 2.13"
 
@@ -178,8 +178,10 @@ def _costs_more(kernel: Kernel, asked: _Asked, layout: LayoutPlan) -> str | None
 
 
 def inlines(kernel: Kernel, platform: str) -> bool:
-    """Whether compiled code can hold the kernel itself, not only a call of it."""
-    return kernel is FUSED or (kernel.inline is not None and platform != "cpu")
+    """Whether compiled code can hold the kernel with all its roundings, not only a call of it."""
+    if kernel is FUSED:
+        return platform != "cpu" or torch_inductor.CPP_KEEPS_ROUNDINGS
+    return kernel.inline is not None and platform != "cpu"
 
 
 def _cannot_inline(kernel: Kernel, asked: _Asked) -> str | None:

@@ -7,17 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import fx
 from torch._inductor.compile_fx import compile_fx
 
 import fxpass
+from fxpass import torch_inductor
 from fxpass.options import Options
 
 DTYPES = {
     "bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64,
     "i64": torch.int64, "bool": torch.bool, "c64": torch.complex64,
 }  # fmt: skip
+NEEDS_ROUNDINGS = pytest.mark.skipif(
+    not torch_inductor.CPP_KEEPS_ROUNDINGS, reason="this Inductor's C++ drops roundings"
+)
 REFERENCE = Options(providers=("reference",), strict=True)
 
 

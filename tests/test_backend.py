@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 from cases_rounding import unit
-from helpers import tensor, tensors
+from helpers import NEEDS_ROUNDINGS, tensor, tensors
 from torch._inductor.utils import run_and_get_code
 
 import fxpass
@@ -340,7 +340,7 @@ def test_numerics_is_refused_where_the_rest_of_the_graph_is_out_of_reach() -> No
         fxpass.rewrite(torch.fx.symbolic_trace(torch.nn.Identity()), numerics="eager")
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="Inductor drops .half() in any case")
+@NEEDS_ROUNDINGS
 @pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed")  # Inductor's, on a CPU
 def test_a_value_cast_to_both_16_bit_types_keeps_both_roundings() -> None:
     def function(x, w):

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from fake_gpu import captured
-from helpers import DTYPES, flat
+from helpers import DTYPES, NEEDS_ROUNDINGS, flat
 from torch._inductor.utils import run_and_get_code
 
 import fxpass
-from fxpass import pipeline, torch_inductor
+from fxpass import pipeline
 from fxpass.options import Options
 from fxpass.report import Report
 from fxpass.torch_private import inside_inductor
@@ -159,9 +159,7 @@ CHANNELS_FIRST = {
 }
 
 
-@pytest.mark.skipif(
-    not torch_inductor.CPP_KEEPS_ROUNDINGS, reason="this Inductor's C++ drops roundings"
-)
+@NEEDS_ROUNDINGS
 @pytest.mark.parametrize("name", CHANNELS_FIRST)
 def test_inductor_copies_no_channels_first(name: str) -> None:
     """x is read in place, and the result computed in the memory order of eager's at once."""

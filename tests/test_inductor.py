@@ -8,19 +8,17 @@ import sys
 import pytest
 import torch
 from cases_rounding import unit
-from helpers import tensors
+from helpers import NEEDS_ROUNDINGS, tensors
 from kernel_cases import ROW_STEPS_16BIT, SPECS, Inputs, inputs
 from torch._inductor.utils import run_and_get_code
 
 import fxpass
-from fxpass import lowering, ops, torch_inductor
+from fxpass import lowering, ops
 from fxpass.kernels import by_name, reference
 from fxpass.spec import NormSpec, is_narrow
 
 KERNEL = by_name("inductor.fused")
-pytestmark = pytest.mark.skipif(
-    not torch_inductor.CPP_KEEPS_ROUNDINGS, reason="this Inductor's C++ drops roundings"
-)
+pytestmark = NEEDS_ROUNDINGS
 OPTIONS = {"providers": ("inductor",), "strict": True}
 
 

@@ -9,8 +9,9 @@ import sympy
 import torch
 from fake_gpu import captured, generated, ptx
 from kernel_cases import LLAMA, SPECS
+from torch._inductor.utils import run_and_get_code
 
-from fxpass import lowering, ops
+from fxpass import lowering, ops, torch_inductor
 from fxpass.kernels import gpu_rows
 from fxpass.kernels.contract import Inline
 from fxpass.spec import NormSpec
@@ -221,3 +222,16 @@ def test_the_length_is_divided_by_as_eager_does_on_a_gpu() -> None:
     text = generated(*captured(*_of_spec(spec)))
     assert "div_n" in spec
     assert "div.rn" not in text
+
+
+def test_cplusplus_that_drops_roundings_is_not_generated(monkeypatch) -> None:
+    """Nor when the graph that names Inductor's own code was made with another torch."""
+    monkeypatch.setattr(torch_inductor, "CPP_KEEPS_ROUNDINGS", False)
+    given = (torch.randn(4, 64).bfloat16(), torch.rand(64).bfloat16())
+
+    def norm(x, w):
+        return _fused(LLAMA, x, weight=w)
+
+    found, (text,) = run_and_get_code(torch.compile(norm, fullgraph=True), *given)
+    assert f"extern_kernels.fxpass['inductor.fused {LLAMA}']" in text
+    assert torch.equal(found, norm(*given))
