@@ -1,11 +1,14 @@
 """Host time of one call, microseconds: what Python and the driver take before the GPU has to wait.
 
-    python benchmarks/host.py --out build/bench            # about 20 s on an H200
+    python benchmarks/host.py --out build/bench            # about 40 s on an H200
     python benchmarks/host.py --device cpu --tiny          # does the script run? not a benchmark
 
 Shapes are those of decode steps, small enough that the device keeps up. `ours` and `torch` call the
 same meaning; `new` is a call of ours whose shapes are new, of a kernel that is already compiled (a
 cache that grows by a token). Best of seven loops, since other processes only add.
+
+In compiled code a norm's time is what it adds to a chain of products, and `torch` is Inductor's own
+norm there: what a rewrite costs the host of a model that runs without CUDA graphs.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 from gpu_timing import Recorder, add_arguments, header, warm_up
 from tabulate import tabulate
 
+import fxpass
 from fxpass.kernels import by_name
 from fxpass.kernels.invariant import dispatch
 from fxpass.spec import NormSpec
@@ -30,6 +34,8 @@ LLAMA = (
     " element=mul_row:f32,cast:bf16,mul_weight:bf16 weight=bf16"
 )
 CACHE = 2048
+CHAIN = 16
+"""Norms in a chain."""
 FIRST_NEW = 600
 """Keys of the first step of a growing cache; the next ones are not multiples of 16."""
 
@@ -82,6 +88,62 @@ def cases(device: str) -> Iterator[Case]:
         )
 
 
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    """As Hugging Face's Llama spells it."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return weight * wide.to(x.dtype)
+
+
+def products_alone(x: Tensor, residual: Tensor, weight: Tensor, b: Tensor) -> Tensor:
+    """What surrounds the norms."""
+    for _ in range(CHAIN):
+        x = x @ b
+    return x
+
+
+def norms(x: Tensor, residual: Tensor, weight: Tensor, b: Tensor) -> Tensor:
+    """A norm before each product."""
+    for _ in range(CHAIN):
+        x = norm(x, weight) @ b
+    return x
+
+
+def added_norms(x: Tensor, residual: Tensor, weight: Tensor, b: Tensor) -> Tensor:
+    """The same with a residual add, whose sum goes on."""
+    for _ in range(CHAIN):
+        residual = x + residual
+        x = norm(residual, weight) @ b
+    return x + residual
+
+
+def in_compiled_code(device: str, calls: int) -> Iterator[dict[str, Any]]:
+    """A row for each of our kernels and each kind of norm."""
+    of_device = {"device": device, "dtype": torch.bfloat16}
+    x, residual = (torch.randn(8, 1024, **of_device) for _ in range(2))
+    given = (x, residual, torch.randn(1024, **of_device), torch.randn(1024, 1024, **of_device))
+
+    def whole_us(chain: Callable[..., Tensor], **how: Any) -> float:
+        torch.compiler.reset()
+        compiled = torch.compile(chain, fullgraph=True, **how)
+        for _ in range(20):
+            compiled(*given)
+        return best_us(lambda: compiled(*given), device, max(calls // CHAIN, 2))
+
+    alone = whole_us(products_alone)
+    for label, chain in (("norm", norms), ("add and norm", added_norms)):
+        own = whole_us(chain) - alone
+        for provider in ("cuda", "triton") if device == "cuda" else ("cpu",):
+            options = {"providers": (provider,), "expect": CHAIN}
+            ours = whole_us(chain, backend=fxpass.rmsnorm_backend, options=options) - alone
+            yield {
+                "name": f"{label} in compiled code, {provider}.row",
+                "ours_us": round(ours / CHAIN, 2),
+                "torch_us": round(own / CHAIN, 2),
+                "new_us": None,
+            }
+
+
 def best_us(call: Callable[[], Any], device: str, calls: int) -> float:
     """The best mean of several loops."""
     found = []
@@ -124,6 +186,8 @@ def main() -> None:
     recorder = Recorder(args.out, "host", header(args))
     for case in cases(args.device):
         recorder.add([measured(case, args.device, 20 if args.tiny else 300)])
+    for row in in_compiled_code(args.device, 20 if args.tiny else 300):
+        recorder.add([row])
     recorder.save()
     print(tabulate(recorder.rows, headers="keys", missingval="-"))
 
