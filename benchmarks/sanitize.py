@@ -41,6 +41,8 @@ class Point:
     shift: int = 0
     """Elements by which x's rows are off their alignment."""
     weight_rows: int = 1
+    heads: int = 0
+    """Rows of a token, where they are the upper half of a projection's: two strides."""
 
 
 POINTS = (
@@ -56,6 +58,9 @@ POINTS = (
     Point("residual", RESIDUAL, 3, 5120),
     Point("residual, unaligned, odd hidden", RESIDUAL, 37, 257, shift=1),
     Point("bias and weights per head", BIAS, 12, 128, weight_rows=4),
+    Point("heads of a slice", LLAMA, 96, 128, heads=8),
+    Point("heads of a slice, a block for each", LLAMA, 24, 1000, heads=8),
+    Point("heads of a slice, residual", RESIDUAL, 96, 128, heads=8),
     Point("float32", SINGLE, 3, 8192),
     Point("two chunks", LLAMA, 3, 16_384),
     Point("few units of a second chunk", LLAMA, 400, 9216),
@@ -80,6 +85,9 @@ def run(point: Point) -> None:
     def make(dtype: torch.dtype | None, rows: int, shift: int = 0) -> torch.Tensor | None:
         if dtype is None:
             return None
+        if point.heads and rows == point.rows:
+            packed = torch.randn(rows // point.heads, 2 * point.heads, hidden, device="cuda")
+            return packed.to(dtype)[:, point.heads :]
         flat = torch.randn(rows * hidden + shift, device="cuda").to(dtype)
         return flat[shift:].view(rows, hidden)
 
