@@ -106,9 +106,10 @@ class Long(NamedTuple):
     registers: int = 0
     """As above."""
     up_to: int = EVERY
-    """Units of the rows that gain."""
+    """Units of the rows that gain: at most, and more than."""
     again: bool = True
     """As of `cuda_tables.Whole`."""
+    above: int = 0
 
 
 ALL = 1024
@@ -116,6 +117,12 @@ ALL = 1024
 _NOT_HEAVY = (
     Long(9, 128, 128, 0, LOADED),
     Long(33, 128, 128, 0),
+    Long(80, 256, 256, 1, SUMMED, up_to=2560, again=False, above=2048),
+    Long(132, 512, 512, 1, SUMMED, up_to=2560, again=False, above=2048),
+    Long(264, ALL, 512, 0, SUMMED, 64, up_to=3072, above=2048),
+    Long(792, ALL, 256, 1, SUMMED, 64, up_to=2560, above=2048),
+    Long(1024, ALL, 256, 0, up_to=2560, above=2048),
+    Long(1024, 256, 256, 0, LOADED, up_to=3072, above=2560),
     Long(66, 512, 512, 0, up_to=1536),
     Long(132, ALL, 512, 2, up_to=1536),
     Long(264, ALL, 512, 1, SUMMED, up_to=1536),
@@ -137,12 +144,14 @@ SEVERAL_CHUNKS: dict[str, tuple[Long, ...]] = {
         Long(528, ALL, 512, 0, LOADED, up_to=1792, again=False),
         Long(1024, 256, 128, 0),
         Long(EVERY, 512, 256, 2, SUMMED, 48, up_to=1792),
-        Long(4096, 512, 512, 2, SUMMED, 32),
+        Long(4096, 512, 512, 2, SUMMED, 32, up_to=2048),
+        Long(EVERY, ALL, 512, 0, SUMMED, 64, up_to=3072, above=2048),
     ),
     "float": (
         *_NOT_HEAVY,
         Long(1024, 256, 128, 0),
         Long(4096, 512, 512, 0, SUMMED),
+        Long(EVERY, ALL, 512, 0, SUMMED, 64, up_to=3072, above=2048),
         Long(EVERY, 512, 128, 0, SUMMED),
     ),
     "heavy": (
@@ -152,6 +161,8 @@ SEVERAL_CHUNKS: dict[str, tuple[Long, ...]] = {
         Long(198, 512, 256, 1),
         Long(264, ALL, 512, 0, LOADED, up_to=1280),
         Long(264, ALL, 512, 0, STORED, up_to=2048),
+        Long(264, ALL, 512, 2, SUMMED, 64, up_to=2560, above=2048),
+        Long(EVERY, 128, 128, 0, SUMMED, 48, up_to=2560, above=2048),
         Long(1024, ALL, 512, 2, AT_ONCE, 40, up_to=1536),
         Long(528, 128, 128, 0),
         Long(1024, 256, 256, 1, up_to=1792),

@@ -104,7 +104,7 @@ def _of_own_rows(kind: str, units: int) -> Iterator[tuple[int, Schedule]]:
     lanes = gpu_rows.MOST_LANES // gpu_rows.VECTOR
     if units > lanes:
         for long in cuda_cluster_tables.SEVERAL_CHUNKS[kind]:
-            if units <= long.up_to:
+            if long.above < units <= long.up_to:
                 yield long.most, _shared(long, lanes // long.segment)
         return
     clusters = cuda_cluster_tables.CLUSTERS

@@ -1,6 +1,6 @@
 """How many threads `cuda.row` gives a row: what sweeps on an H200 found fastest.
 
-Hidden 64 to 16,384, 1 to 32,768 rows, hot and cold, up to 120 schedules for a point.
+Hidden 64 to 24,576, 1 to 32,768 rows, hot and cold, up to 120 schedules for a point.
 `cuda_schedule` reads these tables.
 """
 
@@ -199,7 +199,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
     ("sixes", "heavy"): _SIXES_HEAVY,
     ("several", "light"): (
         Whole(64, 1, 128, 0, AT_ONCE),
-        Whole(96, 3, 128, 1, AT_ONCE),
+        Whole(96, 3, 128, 1, SUMMED, again=False),
         Whole(128, 1, 256, 1, AT_ONCE),
         Whole(160, 3, 64, 1, AT_ONCE),
         Whole(192, 2, 128, 1, AT_ONCE),
@@ -227,12 +227,15 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(64, 2, 512, 0, AT_ONCE),
         Whole(80, 3, 128, 1),
         Whole(96, 3, 128, 0, STORED),
+        Whole(112, 2, 128, 0, LOADED, 32),
         Whole(128, 1, 256, 2, AT_ONCE),
         Whole(192, 2, 192, 0, AT_ONCE),
+        Whole(224, 2, 256, 0, LOADED),
         Whole(256, 2, 128, 0, LOADED, FIT),
-        Whole(320, 2, 128, 0, AT_ONCE, 32),
-        Whole(384, 4, 128, 1, SUMMED, 56),
-        Whole(448, 3, 128, 0, AT_ONCE),
+        Whole(288, 3, 128, 0, LOADED, 40),
+        Whole(320, 2, 128, 0, LOADED, again=False),
+        Whole(384, 3, 128, 0, LOADED, again=False),
+        Whole(448, 2, 128, 0, LOADED, again=False),
         Whole(512, 2, 128, 0, LOADED),
         Whole(1024, 4, 128, 0, AT_ONCE),
     ),
@@ -241,10 +244,12 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(48, 2, 128, 0, AT_ONCE),
         Whole(64, 2, 512, 0, AT_ONCE),
         Whole(96, 3, 128, 1, AT_ONCE),
+        Whole(112, 2, 128, 0, LOADED),
         Whole(128, 1, 256, 1, AT_ONCE),
         Whole(192, 2, 192, 0, AT_ONCE),
         Whole(256, 2, 128, 0, LOADED),
-        Whole(384, 2, 128, 0, AT_ONCE),
+        Whole(320, 5, 128, 0, LOADED, 64),
+        Whole(384, 3, 128, 0, LOADED),
         Whole(448, 3, 128, 0, AT_ONCE),
         Whole(512, 2, 128, 0, LOADED),
         Whole(640, 4, 128, 0, AT_ONCE),
@@ -259,6 +264,8 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
         Whole(96, 3, 128, 1, AT_ONCE),
         Whole(128, 4, 512, 1, AT_ONCE),
         Whole(192, 2, 128, 2, AT_ONCE),
+        Whole(256, 2, 128, 0, AT_ONCE),
+        Whole(288, 3, 128, 0, LOADED, 56),
         Whole(448, 2, 128, 0, AT_ONCE),
         Whole(512, 1, 128, 0, AT_ONCE),
         Whole(1024, 2, 128, 0, AT_ONCE),

@@ -103,6 +103,7 @@ def wide_path(cubin: bytes, folder: Path) -> str:
     return code.rpartition("STG.E.128")[0]
 
 
+LONG = (9216, 12_288, 14_336, 16_384, 20_480, 24_576)
 UNALIGNED_BYTES = 256
 """That a thread may keep elsewhere for rows that are not at multiples of 16 bytes."""
 
@@ -113,7 +114,7 @@ def test_registers_that_a_schedule_names_or_needs_suffice(name, tmp_path):
     spec = ALL[name]
     every = {
         (hidden, dataclasses.replace(scheduled(name, hidden, rows), last=False))
-        for hidden in (*range(512, 8193, 512), 8200, 9216, 12_288, 14_336, 16_384)
+        for hidden in (896, 1792, 2304, *range(512, 8193, 512), 8200, *LONG)
         for rows in cuda_schedule.changes(spec, hidden)
     }
     few = [one for one in every if one[1].registers or not one[1].again]
