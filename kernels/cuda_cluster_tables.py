@@ -146,6 +146,7 @@ SEVERAL_CHUNKS: dict[str, tuple[Long, ...]] = {
         Long(EVERY, 512, 256, 2, SUMMED, 48, up_to=1792),
         Long(4096, 512, 512, 2, SUMMED, 32, up_to=2048),
         Long(EVERY, ALL, 512, 0, SUMMED, 64, up_to=3072, above=2048),
+        Long(EVERY, 256, 256, 0, SUMMED, 48, up_to=4096, above=3072),
     ),
     "float": (
         *_NOT_HEAVY,

@@ -103,7 +103,7 @@ def wide_path(cubin: bytes, folder: Path) -> str:
     return code.rpartition("STG.E.128")[0]
 
 
-LONG = (9216, 12_288, 14_336, 16_384, 20_480, 24_576)
+LONG = (9216, 12_288, 14_336, 16_384, 18_432, 20_480, 24_576, 32_768)
 UNALIGNED_BYTES = 256
 """That a thread may keep elsewhere for rows that are not at multiples of 16 bytes."""
 
