@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import fx
+from torch.export import ExportedProgram
 
 from fxpass import facts, pipeline, remembered, torch_fakes, torch_private
 from fxpass.errors import FxpassError, OptionsError
@@ -122,19 +123,27 @@ def _check_expected(options: Options, report: Report) -> None:
 
 
 def rewrite(
-    graph_module: fx.GraphModule,
+    graph_module: fx.GraphModule | ExportedProgram,
     *example_inputs: Any,
     options: Options | Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Report:
     """Rewrite an FX graph in place (Dynamo, make_fx, torch.export or symbolic_trace).
 
+    Of an ExportedProgram the signature follows, so that it can be saved, decomposed and packaged.
     `example_inputs` give shapes to a graph that carries none (a plain symbolic_trace).
-    Returns the report. The operators put in have gradients.
+    Returns the report. The operators put in have gradients. Raises FxpassError for anything else,
+    and for inputs of a program, which carries its shapes.
     """
+    if isinstance(graph_module, ExportedProgram):
+        if example_inputs:
+            raise FxpassError("rewrite: a program carries its shapes; leave the inputs out")
+        with _signature_following(graph_module):
+            return rewrite(graph_module.graph_module, options=options, **changes)
     if not isinstance(graph_module, fx.GraphModule):
         raise FxpassError(
-            f"rewrite: needs a torch.fx.GraphModule, found {type(graph_module).__name__};"
+            "rewrite: needs a torch.fx.GraphModule or a torch.export.ExportedProgram, found"
+            f" {type(graph_module).__name__};"
             " for a model use torch.compile(model, backend=fxpass.rmsnorm_backend)"
         )
     chosen = Options.make(options, **changes)
@@ -160,3 +169,19 @@ def rewrite(
     _check_expected(chosen, found)
     found.kept = graphs.kept  # after the ledger took the rest: it must not hold graphs
     return found
+
+
+@contextmanager
+def _signature_following(program: ExportedProgram) -> Iterator[None]:
+    """Give results the names that they have afterwards: a program is read by name."""
+
+    def names_of_results() -> list[str | None]:
+        return [getattr(one, "name", None) for one in program.graph.output_node().args[0]]
+
+    before = names_of_results()
+    try:
+        yield
+    finally:  # `expect` raises when the graph is rewritten
+        for old, new in zip(before, names_of_results(), strict=True):
+            if old is not None and new is not None and old != new:
+                program.graph_signature.replace_all_uses(old, new)
