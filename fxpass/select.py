@@ -107,6 +107,7 @@ def _layout_or_refusal(kernel: Kernel, asked: _Asked) -> LayoutPlan | str:
     site, hidden = asked.site, facts.static(asked.site.hidden)
     reason = (
         kernel.refusal(asked.spec, asked.place.kind, hidden)
+        or kernel.contract.arch_refusal(asked.place.arch)
         or _repeats_weights(kernel, site)
         or _varies(kernel, asked)
         or _inexact(kernel, asked)

@@ -6,6 +6,7 @@ table. Numerical fields have no defaults: an author must answer them. A claim is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -102,6 +103,8 @@ class Contract:
     batch_invariant: bool
     reduction: str
     """The order in which squares are added, in one sentence."""
+    least_sm: int = 0
+    """Least compute capability of an NVIDIA GPU, as in `sm_80`."""
 
     def refusal(self, spec: NormSpec, platform: str, hidden: int | None) -> str | None:
         """The first clause that `spec` breaks, in words, or None if the kernel fits."""
@@ -117,6 +120,13 @@ class Contract:
         if "any" in self.platforms or platform in self.platforms:
             return None
         return f"platform {platform}, needs {' or '.join(self.platforms)}"
+
+    def arch_refusal(self, arch: str) -> str | None:
+        """Why the kernel does not run on an architecture (`sm_75`; empty: not known), or None."""
+        found = re.match(r"sm_(\d+)", arch)
+        if found is None or int(found[1]) >= self.least_sm:
+            return None
+        return f"architecture {arch}, needs sm_{self.least_sm}"
 
     def _dtype_refusal(self, spec: NormSpec) -> str | None:
         for role, dtype in (("x", spec.x), ("residual", spec.residual), ("sum", spec.sum)):

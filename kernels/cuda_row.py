@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,7 @@ from fxpass.kernels.cuda_launch import is_current
 from fxpass.kernels.gpu_contract import contract
 from fxpass.spec import NormSpec
 
-CONTRACT = contract("cuda")
-_LEAST_CAPABILITY = (8, 0)  # cvt.rn.bf16.f32
+CONTRACT = dataclasses.replace(contract("cuda"), least_sm=80)  # cvt.rn.bf16.f32
 
 _kernels: Once[RowKernel] = Once()
 
@@ -108,9 +108,9 @@ def unavailable() -> str | None:
     """None, or why no kernel can run here."""
     if not torch.cuda.is_available() or torch.version.hip:
         return "no NVIDIA GPU"
-    capability = torch.cuda.get_device_capability()
-    if capability < _LEAST_CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]}, needs 8.0"
+    too_old = CONTRACT.arch_refusal("sm_{}{}".format(*torch.cuda.get_device_capability()))
+    if too_old is not None:
+        return too_old
     try:
         cuda_driver.driver()
         cuda_build.nvrtc()

@@ -425,7 +425,7 @@ def test_on_an_amd_gpu(monkeypatch):
 @pytest.mark.usefixtures("a_gpu")
 def test_on_an_old_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    refused("compute capability 7.5, needs 8.0")
+    refused("architecture sm_75, needs sm_80")
 
 
 @pytest.mark.usefixtures("a_gpu")

@@ -285,6 +285,17 @@ def test_without_inductor_a_gpu_gets_a_kernel_that_runs_alone() -> None:
     assert site.kernel == "cuda.row"
 
 
+@pytest.mark.parametrize(
+    ("platform", "chosen"), [("cuda:sm_90", "cuda.row"), ("cuda:sm_75", "triton.row")]
+)
+def test_a_gpu_too_old_for_a_kernel_that_is_planned_for(level, platform, chosen) -> None:
+    options = Options(platform=platform, providers=("cuda", "triton"), strict=True)
+    (site,) = pipeline.dry_run(level.graph_module.graph, options).rewritten
+    assert site.kernel == chosen
+    told = "refused cuda.row: architecture sm_75, needs sm_80"
+    assert (told in site.refusals) == (platform == "cuda:sm_75")
+
+
 @pytest.mark.usefixtures("gpu")
 def test_ahead_of_time_only_what_the_package_can_hold(monkeypatch) -> None:
     monkeypatch.setattr(torch_inductor, "compiling_ahead_of_time", lambda: True)
