@@ -124,10 +124,12 @@ def test_registers_that_a_schedule_names_or_needs_suffice(name, tmp_path):
             lambda one: cuda_build._compile(cuda_source.source(spec, *one), "sm_90"), few
         )
         for (hidden, schedule), cubin in zip(few, made, strict=True):
-            assert not re.search(r"\b(STL|LDL)\b", wide_path(cubin, tmp_path)), (hidden, schedule)
             text = dump("--dump-resource-usage", cubin, tmp_path)
             (stack, local) = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", text).groups()
             assert (int(stack) <= UNALIGNED_BYTES, local) == (True, "0"), (hidden, schedule, stack)
+            if int(stack):  # the instructions take 0.3 s to print
+                path = wide_path(cubin, tmp_path)
+                assert not re.search(r"\b(STL|LDL)\b", path), (hidden, schedule)
             registers = int(re.search(r"REG:(\d+)", text)[1])
             assert registers <= (schedule.registers or registers), schedule
 
