@@ -40,6 +40,7 @@ def _program() -> torch.export.ExportedProgram:
     return torch.export.export(Model(), (X,))
 
 
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec")  # torch's own
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_a_rewritten_program_is_saved_and_loaded(decomposed: bool) -> None:
     program = _program()
