@@ -33,7 +33,7 @@ class TensorFacts:
 
 def value(node: fx.Node) -> Any:
     """The fake value of a node: `val` at ATen level, `example_value` at Dynamo level."""
-    for key in ("val", "example_value", "tensor_meta"):
+    for key in ("val", "example_value"):  # not ShapeProp's tensor_meta: it names no device
         if key in node.meta:
             return node.meta[key]
     return None
@@ -81,17 +81,9 @@ def take_over(node: fx.Node, old: fx.Node) -> None:
 def of(node: fx.Node) -> TensorFacts | None:
     """Facts of a node, or None if it does not compute one strided tensor."""
     found = value(node)
-    if isinstance(found, torch.Tensor):
-        if found.layout is not torch.strided:
-            return None
-        return TensorFacts(tuple(found.shape), found.dtype, tuple(found.stride()), found.device)
-    if hasattr(found, "dtype") and hasattr(found, "stride") and not isinstance(found, tuple):
+    if not isinstance(found, torch.Tensor) or found.layout is not torch.strided:
         return None
-    if found.__class__.__name__ == "TensorMetadata":
-        return TensorFacts(
-            tuple(found.shape), found.dtype, tuple(found.stride), torch.device("cpu")
-        )
-    return None
+    return TensorFacts(tuple(found.shape), found.dtype, tuple(found.stride()), found.device)
 
 
 def has_any(graph: fx.Graph) -> bool:

@@ -10,6 +10,7 @@ from cases_rounding import unit
 from helpers import capture, changed, differences, rewritten, tensor, tensors
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.shape_prop import ShapeProp
 
 import fxpass
 
@@ -42,8 +43,11 @@ def test_symbolic_trace() -> None:
     assert not differences(BLOCK(X), traced(X))
 
 
-def test_symbolic_trace_without_inputs_says_what_is_missing() -> None:
+@pytest.mark.parametrize("shapes", [False, True])
+def test_symbolic_trace_without_inputs_says_what_is_missing(shapes: bool) -> None:
     traced = fx.symbolic_trace(llama)
+    if shapes:  # which name no device
+        ShapeProp(traced).propagate(X, W)
     report = fxpass.rewrite(traced, **REFERENCE)
     assert not report.rewritten
     assert "pass example inputs" in str(report)
