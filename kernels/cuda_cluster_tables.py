@@ -106,10 +106,11 @@ class Long(NamedTuple):
     registers: int = 0
     """As above."""
     up_to: int = EVERY
-    """Units of the rows that gain: at most, and more than."""
+    """Units of the rows that gain, at most."""
     again: bool = True
     """As of `cuda_tables.Whole`."""
     above: int = 0
+    """They have more units than this."""
 
 
 ALL = 1024

@@ -1,6 +1,6 @@
 """How many threads `cuda.row` gives a row: what sweeps on an H200 found fastest.
 
-Hidden 64 to 24,576, 1 to 32,768 rows, hot and cold, up to 120 schedules for a point.
+Hidden 64 to 32,768, 1 to 32,768 rows, hot and cold, up to 120 schedules for a point.
 `cuda_schedule` reads these tables.
 """
 
