@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from gpu_cases import cast_then_scale
 from gpu_timing import Recorder, add_arguments, header, warm_up
 from tabulate import tabulate
 
@@ -88,54 +89,42 @@ def cases(device: str) -> Iterator[Case]:
         )
 
 
-def norm(x: Tensor, weight: Tensor) -> Tensor:
-    """As Hugging Face's Llama spells it."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
-    return weight * wide.to(x.dtype)
-
-
-def products_alone(x: Tensor, residual: Tensor, weight: Tensor, b: Tensor) -> Tensor:
+def products_alone(x: Tensor, residual: Tensor | None, weight: Tensor, b: Tensor) -> object:
     """What surrounds the norms."""
     for _ in range(CHAIN):
         x = x @ b
     return x
 
 
-def norms(x: Tensor, residual: Tensor, weight: Tensor, b: Tensor) -> Tensor:
-    """A norm before each product."""
+def norms(x: Tensor, residual: Tensor | None, weight: Tensor, b: Tensor) -> object:
+    """A norm before each product; of the sum that goes on, if there is a residual."""
     for _ in range(CHAIN):
-        x = norm(x, weight) @ b
-    return x
-
-
-def added_norms(x: Tensor, residual: Tensor, weight: Tensor, b: Tensor) -> Tensor:
-    """The same with a residual add, whose sum goes on."""
-    for _ in range(CHAIN):
-        residual = x + residual
-        x = norm(residual, weight) @ b
-    return x + residual
+        made: Any = cast_then_scale(x, residual, weight)
+        out, residual = (made, None) if residual is None else made
+        x = out @ b
+    return x if residual is None else x + residual
 
 
 def in_compiled_code(device: str, calls: int) -> Iterator[dict[str, Any]]:
     """A row for each of our kernels and each kind of norm."""
     of_device = {"device": device, "dtype": torch.bfloat16}
-    x, residual = (torch.randn(8, 1024, **of_device) for _ in range(2))
-    given = (x, residual, torch.randn(1024, **of_device), torch.randn(1024, 1024, **of_device))
+    x, added = (torch.randn(8, 1024, **of_device) for _ in range(2))
+    weights = (torch.randn(1024, **of_device), torch.randn(1024, 1024, **of_device))
 
-    def whole_us(chain: Callable[..., Tensor], **how: Any) -> float:
+    def whole_us(chain: Callable[..., object], residual: Tensor | None, **how: Any) -> float:
         torch.compiler.reset()
         compiled = torch.compile(chain, fullgraph=True, **how)
         for _ in range(20):
-            compiled(*given)
-        return best_us(lambda: compiled(*given), device, max(calls // CHAIN, 2))
+            compiled(x, residual, *weights)
+        return best_us(lambda: compiled(x, residual, *weights), device, max(calls // CHAIN, 2))
 
-    alone = whole_us(products_alone)
-    for label, chain in (("norm", norms), ("add and norm", added_norms)):
-        own = whole_us(chain) - alone
+    alone = whole_us(products_alone, None)
+    for label, residual in (("norm", None), ("add and norm", added)):
+        own = whole_us(norms, residual) - alone
         for provider in ("cuda", "triton") if device == "cuda" else ("cpu",):
             options = {"providers": (provider,), "expect": CHAIN}
-            ours = whole_us(chain, backend=fxpass.rmsnorm_backend, options=options) - alone
+            how = {"backend": fxpass.rmsnorm_backend, "options": options}
+            ours = whole_us(norms, residual, **how) - alone
             yield {
                 "name": f"{label} in compiled code, {provider}.row",
                 "ours_us": round(ours / CHAIN, 2),

@@ -175,13 +175,13 @@ def rewrite(
 def _signature_following(program: ExportedProgram) -> Iterator[None]:
     """Give results the names that they have afterwards: a program is read by name."""
 
-    def names_of_results() -> list[str | None]:
-        return [getattr(one, "name", None) for one in program.graph.output_node().args[0]]
+    def names_of_results() -> list[str]:
+        return [str(one) for one in program.graph.output_node().args[0]]
 
     before = names_of_results()
     try:
         yield
     finally:  # `expect` raises when the graph is rewritten
         for old, new in zip(before, names_of_results(), strict=True):
-            if old is not None and new is not None and old != new:
+            if old != new:
                 program.graph_signature.replace_all_uses(old, new)

@@ -31,10 +31,15 @@ _cubins: Once[bytes] = Once()
 def cubin(source: str, capability: tuple[int, int]) -> bytes:
     """Machine code of `source` for a compute capability. Raises BuildError."""
     major, minor = _version(nvrtc())
-    arch = f"sm_{capability[0]}{capability[1]}"
+    arch = arch_of(capability)
     parts = (source, arch, f"nvrtc {major}.{minor}", *_FLAGS)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return _cubins.get(key, lambda: _cached(key, source, arch))
+
+
+def arch_of(capability: tuple[int, int]) -> str:
+    """`sm_90` of (9, 0)."""
+    return f"sm_{capability[0]}{capability[1]}"
 
 
 def nvrtc() -> Any:

@@ -108,7 +108,7 @@ def unavailable() -> str | None:
     """None, or why no kernel can run here."""
     if not torch.cuda.is_available() or torch.version.hip:
         return "no NVIDIA GPU"
-    too_old = CONTRACT.arch_refusal("sm_{}{}".format(*torch.cuda.get_device_capability()))
+    too_old = CONTRACT.arch_refusal(cuda_build.arch_of(torch.cuda.get_device_capability()))
     if too_old is not None:
         return too_old
     try:
