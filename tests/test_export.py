@@ -6,9 +6,11 @@ import io
 
 import pytest
 import torch
+from cases_rounding import unit
 
 import fxpass
 
+pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec")  # torch's own
 X = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -21,7 +23,7 @@ class Model(torch.nn.Module):
         self.register_buffer("calls", torch.zeros(()))
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+        return self.weight * unit(x)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         self.calls.add_(1)
@@ -40,7 +42,6 @@ def _program() -> torch.export.ExportedProgram:
     return torch.export.export(Model(), (X,))
 
 
-@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec")  # torch's own
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_a_rewritten_program_is_saved_and_loaded(decomposed: bool) -> None:
     program = _program()
@@ -50,6 +51,21 @@ def test_a_rewritten_program_is_saved_and_loaded(decomposed: bool) -> None:
     assert str(loaded.graph).count("torch.ops.fxpass.norm") == 2
     torch.testing.assert_close(loaded(X), Model()(X), rtol=1e-6, atol=1e-6)  # sums in f32
     assert loaded.calls == 1
+
+
+def test_a_buffer_that_holds_a_norm_is_written() -> None:
+    class Last(Model):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.last.copy_(self.norm(x))
+            return self.last * 2
+
+    model = Last()
+    model.register_buffer("last", torch.zeros(4, 64))
+    program = torch.export.export(model, (X,)).run_decompositions()  # the norm is what is written
+    fxpass.rewrite(program, providers=("reference",), strict=True, expect=1)
+    loaded = _saved_and_loaded(program)
+    torch.testing.assert_close(loaded(X), model(X), rtol=1e-6, atol=1e-6)  # sums in f32
+    assert torch.equal(loaded.last * 2, loaded(X))
 
 
 def test_a_program_is_whole_where_expect_raises() -> None:
