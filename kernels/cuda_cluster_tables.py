@@ -120,10 +120,6 @@ _NOT_HEAVY = (
     Long(33, 128, 128, 0),
     Long(80, 256, 256, 1, SUMMED, up_to=2560, again=False, above=2048),
     Long(132, 512, 512, 1, SUMMED, up_to=2560, again=False, above=2048),
-    Long(264, ALL, 512, 0, SUMMED, 64, up_to=3072, above=2048),
-    Long(792, ALL, 256, 1, SUMMED, 64, up_to=2560, above=2048),
-    Long(1024, ALL, 256, 0, up_to=2560, above=2048),
-    Long(1024, 256, 256, 0, LOADED, up_to=3072, above=2560),
     Long(66, 512, 512, 0, up_to=1536),
     Long(132, ALL, 512, 2, up_to=1536),
     Long(264, ALL, 512, 1, SUMMED, up_to=1536),
@@ -134,6 +130,10 @@ _NOT_HEAVY = (
     Long(EVERY, ALL, 512, 1, SUMMED, 40, up_to=1536),
     Long(132, 512, 512, 0, AT_ONCE, 64, up_to=1792, again=False),
     Long(132, 256, 128, 1),
+    Long(264, ALL, 512, 0, SUMMED, 64, up_to=3072, above=2048),
+    Long(792, ALL, 256, 1, SUMMED, 64, up_to=2560, above=2048),
+    Long(1024, ALL, 256, 0, up_to=2560, above=2048),
+    Long(1024, 256, 256, 0, LOADED, up_to=3072, above=2560),
 )
 """What light and float begin with. Up to 1,536 units the second chunk is half full at most: where
 blocks share the row, some have no part of it and wait (4,096 rows of 9,216: 56 us, 37 whole)."""

@@ -199,6 +199,7 @@ WHOLE: dict[tuple[str, str], tuple[Whole, ...]] = {
     ("sixes", "heavy"): _SIXES_HEAVY,
     ("several", "light"): (
         Whole(64, 1, 128, 0, AT_ONCE),
+        Whole(80, 3, 128, 1, AT_ONCE),
         Whole(96, 3, 128, 1, SUMMED, again=False),
         Whole(128, 1, 256, 1, AT_ONCE),
         Whole(160, 3, 64, 1, AT_ONCE),
