@@ -1,6 +1,6 @@
 """Whole models on a GPU: milliseconds of a decode step and of a prefill, and whether tokens agree.
 
-    python benchmarks/model.py --out build/bench           # about 330 s on an H200
+    python benchmarks/model.py --out build/bench           # about 400 s on an H200
     python benchmarks/model.py --device cpu --tiny         # does the script run? not a benchmark
 
 Llama-3-8B and Qwen3-8B shapes with fewer layers and random bf16 weights (`gpu_model.py`). graph_ms
@@ -279,7 +279,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_arguments(parser, budget=340)
+    add_arguments(parser, budget=460)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--models", nargs="+", choices=("llama", "qwen3"), default=None)
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(DEFAULT))
