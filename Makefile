@@ -43,8 +43,9 @@ types: setup  ## mypy, strict, on an installed copy
 	$(PIP) --no-build-isolation --no-deps --target $(TYPES) .
 	cd $(TYPES) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fxpass
 
+# Two processes take 16 minutes on two cores, one takes 22. Each has models in memory: 8 at most.
 unit: setup  ## the tests; ARGS='-k packaging' picks some
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 golden: setup  ## rewrite the golden files and README tables; read the diff before committing
 	$(BIN)/pytest --update-golden $(ARGS)
