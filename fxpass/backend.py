@@ -133,11 +133,11 @@ def rewrite(
     Of an ExportedProgram the signature follows, so that it can be saved, decomposed and packaged.
     `example_inputs` give shapes to a graph that carries none (a plain symbolic_trace).
     Returns the report. The operators put in have gradients. Raises FxpassError for anything else,
-    and for inputs of a program, which carries its shapes.
+    for inputs of a program, which carries its shapes, and for one that keeps the call signatures of
+    submodules (`preserve_module_call_signature`): a norm takes over values that these name.
     """
     if isinstance(graph_module, ExportedProgram):
-        if example_inputs:
-            raise FxpassError("rewrite: a program carries its shapes; leave the inputs out")
+        _check_program(graph_module, example_inputs)
         with _signature_following(graph_module):
             return rewrite(graph_module.graph_module, options=options, **changes)
     if not isinstance(graph_module, fx.GraphModule):
@@ -169,6 +169,17 @@ def rewrite(
     _check_expected(chosen, found)
     found.kept = graphs.kept  # after the ledger took the rest: it must not hold graphs
     return found
+
+
+def _check_program(program: ExportedProgram, example_inputs: tuple[Any, ...]) -> None:
+    if example_inputs:
+        raise FxpassError("rewrite: a program carries its shapes; leave the inputs out")
+    named = [entry.fqn for entry in program.module_call_graph if entry.fqn and entry.signature]
+    if named:
+        raise FxpassError(
+            f"rewrite: the program keeps the call signature of {named[0]}, whose values a norm may"
+            " take over; export it without preserve_module_call_signature"
+        )
 
 
 @contextmanager

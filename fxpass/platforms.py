@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fxpass import facts
+from fxpass.kernels.contract import arch_of
 from fxpass.options import Options
 from fxpass.sites import Site
 
@@ -61,4 +62,4 @@ def _arch(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return str(properties.gcnArchName).partition(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
+    return arch_of((properties.major, properties.minor))

@@ -251,6 +251,11 @@ class Kernel:
         return call
 
 
+def arch_of(capability: tuple[int, int]) -> str:
+    """The architecture of an NVIDIA GPU's compute capability: `sm_90` of (9, 0)."""
+    return f"sm_{capability[0]}{capability[1]}"
+
+
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return " or ".join(map(short, dtypes))
 

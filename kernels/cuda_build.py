@@ -19,6 +19,7 @@ import torch
 
 from fxpass.kernels import build_cache
 from fxpass.kernels.build_cache import BuildError, Once
+from fxpass.kernels.contract import arch_of
 
 # Every operation is written out, roundings included: nothing may be contracted.
 _FLAGS = ("--fmad=false", "--std=c++17", "-default-device")
@@ -35,11 +36,6 @@ def cubin(source: str, capability: tuple[int, int]) -> bytes:
     parts = (source, arch, f"nvrtc {major}.{minor}", *_FLAGS)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return _cubins.get(key, lambda: _cached(key, source, arch))
-
-
-def arch_of(capability: tuple[int, int]) -> str:
-    """`sm_90` of (9, 0)."""
-    return f"sm_{capability[0]}{capability[1]}"
 
 
 def nvrtc() -> Any:

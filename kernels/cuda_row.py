@@ -11,7 +11,7 @@ import torch
 
 from fxpass.kernels import cuda_build, cuda_driver, cuda_schedule, cuda_source, reference
 from fxpass.kernels.build_cache import BuildError, Once
-from fxpass.kernels.contract import Kernel, Outputs
+from fxpass.kernels.contract import Kernel, Outputs, arch_of
 from fxpass.kernels.cuda_call import RowKernel
 from fxpass.kernels.cuda_launch import is_current
 from fxpass.kernels.gpu_contract import contract
@@ -108,7 +108,7 @@ def unavailable() -> str | None:
     """None, or why no kernel can run here."""
     if not torch.cuda.is_available() or torch.version.hip:
         return "no NVIDIA GPU"
-    too_old = CONTRACT.arch_refusal(cuda_build.arch_of(torch.cuda.get_device_capability()))
+    too_old = CONTRACT.arch_refusal(arch_of(torch.cuda.get_device_capability()))
     if too_old is not None:
         return too_old
     try:

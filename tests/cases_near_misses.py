@@ -330,6 +330,21 @@ def detached(x):
     return x * torch.rsqrt(rms(x.detach()))
 
 
+@untouched(F32, levels=("dynamo",))
+def detached_mean(x):
+    return x * torch.rsqrt(rms(x).detach())
+
+
+@untouched(F32, levels=("dynamo",))
+def detached_inverse(x):
+    return x * torch.rsqrt(rms(x)).detach()
+
+
+@declines(DIFFERENT, F32, levels=("dynamo",))
+def detached_x_in_the_product(x):
+    return x.detach() * torch.rsqrt(rms(x))
+
+
 @declines(DIFFERENT, "f32[2,8,128]")
 def mean_of_the_other_half(x):
     return x[..., :64] * torch.rsqrt(rms(x[..., 64:]))

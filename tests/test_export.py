@@ -75,8 +75,24 @@ def test_a_program_is_whole_where_expect_raises() -> None:
     assert len(_saved_and_loaded(program)(X)) == 4
 
 
+def _program_that_keeps_a_call() -> torch.export.ExportedProgram:
+    """Its inner module's result is named, so what replaces it must not be another value."""
+
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Model()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)[1] + 1
+
+    return torch.export.export(Outer(), (X,), preserve_module_call_signature=("inner",))
+
+
 def test_what_is_not_taken() -> None:
     with pytest.raises(fxpass.FxpassError, match="carries its shapes; leave the inputs out"):
         fxpass.rewrite(_program(), X)
+    with pytest.raises(fxpass.FxpassError, match="keeps the call signature of inner"):
+        fxpass.rewrite(_program_that_keeps_a_call())
     with pytest.raises(fxpass.FxpassError, match=r"GraphModule or a torch.export.ExportedProgram"):
         fxpass.rewrite(Model())
